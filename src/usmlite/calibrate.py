@@ -1,0 +1,718 @@
+"""A data-driven start for the student: masks, scales and rounded weights from a few batches of speech.
+
+The dense teacher runs over the batches once; hooks collect the second moments of every compressed
+layer's inputs. Then each layer is started on its own, by one of three methods:
+
+    magnitude    the largest weights stay, the clip with the least squared error (no data used)
+    activation   the same with every input weighed by its mean square (Wanda, arXiv 2306.11695)
+    hessian      columns are pruned and rounded one after the other, and the columns still to come make
+                 up for the error (SparseGPT, arXiv 2301.00774, jointly with GPTQ, arXiv 2210.17323)
+
+Used alone this is post-training compression; before fine-tuning it is a better starting point.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from usmlite import quantize as q
+from usmlite.errors import DataError, ModelError, SpecError
+from usmlite.sparsify import nm_mask
+from usmlite.spec import NM, LayerSpec
+from usmlite.student import (
+    CompressedLayer,
+    compressed_layers,
+    fake_quantized,
+    from_matrix,
+    to_matrix,
+)
+
+Method = Literal["magnitude", "activation", "hessian"]
+METHODS: tuple[Method, ...] = ("magnitude", "activation", "hessian")
+Progress = Callable[[str, int, "int | None"], None]
+
+# Columns between two updates of all later columns: inside, only the block's own columns are updated.
+_BLOCK_COLUMNS = 128
+# Rows solved together: a block of columns of this many rows stays in a core's cache.
+_BLOCK_ROWS = 4096
+# Inputs that calibration never saw still count a little: other speech may use them.
+_LEAST_IMPORTANCE = 1e-4
+# How much of its rounding interval a kept master weight may use (the rest is room for float error).
+_HALF_STEP = 0.499
+# The least a kept master weight may be, in steps; and in floats, where there are no steps.
+_LEAST_STEP = 1e-3
+_TINY = 1e-10
+# Pruned master weights end at most this far up to the least kept one of their group.
+_BELOW_KEPT = 0.95
+_DAMPING_TRIES = 12
+
+
+@dataclass(frozen=True)
+class LayerCalibration:
+    """What calibration did to one layer.
+
+    Attributes:
+        name: the module's name.
+        spec: the layer spec, as text.
+        rows: output channels.
+        columns: inputs.
+        samples: input vectors seen.
+        error_before: ||(W - What) X||^2 / ||W X||^2 of the student as it came, What its compressed weight.
+        error_after: the same after calibration.
+        damping: what was added to the Hessian's diagonal, as a share of its mean; None if unused.
+        seconds: wall time of this layer.
+        note: what was unusual, or "".
+    """
+
+    name: str
+    spec: str
+    rows: int
+    columns: int
+    samples: int
+    error_before: float
+    error_after: float
+    damping: float | None
+    seconds: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What `calibrate` did.
+
+    Attributes:
+        method: "magnitude", "activation" or "hessian".
+        layers: one entry per compressed weight, in the model's order.
+        batches: batches the teacher ran on.
+        teacher_seconds: wall time of the teacher's run and the statistics.
+        seconds: wall time of everything.
+    """
+
+    method: Method
+    layers: tuple[LayerCalibration, ...]
+    batches: int
+    teacher_seconds: float
+    seconds: float
+
+    @property
+    def notes(self) -> list[str]:
+        """What was unusual, one line a layer."""
+        return [f"{layer.name}: {layer.note}" for layer in self.layers if layer.note]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON holds it."""
+        return asdict(self) | {"layers": [asdict(layer) for layer in self.layers]}
+
+
+def calibrate(
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    method: Method = "hessian",
+    damping: float = 0.01,
+    autocast: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> CalibrationReport:
+    """Starts every compressed layer of the student from the teacher's weights and its inputs.
+
+    Masks, scales and master weights are set, afterwards the student computes with exactly the
+    weights that the method chose, and recomputing its masks changes none of them. The student's
+    own weights of the compressed layers are overwritten; calibrating twice is the same as once.
+
+    Args:
+        student: made by `make_student` from `teacher`.
+        teacher: the dense model. It is run in evaluation mode and left as it was.
+        batches: keyword inputs of the teacher's forward pass, such as "input_features" float32
+            `[batch, mels, 3000]` and "decoder_input_ids" int64 `[batch, tokens]`. Decoder positions
+            that "decoder_attention_mask" (0) rules out, or, without it, those after the last label of
+            "labels" that is not -100, are not counted. Labels do not reach the model.
+        method: how layers are started; see the module's text.
+        damping: what is added to the Hessian's diagonal, as a share of its mean.
+        autocast: the dtype the teacher runs in (bfloat16 is fast where the processor has it), None
+            for its own. Statistics are float32 sums of float32 products either way.
+        progress: called with what was done ("teacher" or a layer's name), how many of how many
+            (None if the number of batches is unknown).
+
+    Returns:
+        Errors before and after of every layer, and timings.
+
+    Raises:
+        DataError: no batch at all.
+        ModelError: the student does not come from this teacher, or the teacher's activations
+            are not finite.
+        SpecError: an unknown method or a negative damping.
+    """
+    if method not in METHODS:
+        raise SpecError("unknown method", where="calibrate", expected=", ".join(METHODS), found=repr(method))
+    if not 0 <= damping < float("inf"):
+        raise SpecError("unusable damping", where="calibrate", expected="a number from 0", found=damping)
+    started = time.perf_counter()
+    layers = dict(compressed_layers(student))
+    moments, count = _collect(teacher, layers, batches, autocast, progress)
+    teacher_seconds = time.perf_counter() - started
+    done = []
+    for name, layer in layers.items():
+        weight = cast(Tensor, teacher.get_submodule(name).weight).detach()
+        done.append(_start(name, layer, weight, moments[name], method, damping))
+        if progress is not None:
+            progress(name, len(done), len(layers))
+    return CalibrationReport(method, tuple(done), count, teacher_seconds, time.perf_counter() - started)
+
+
+# -- statistics ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Moments:
+    """The sum of x x^T over input vectors x.
+
+    Attributes:
+        total: float32 `[columns, columns]`.
+        count: how many vectors.
+    """
+
+    total: Tensor
+    count: int = 0
+    identity: bool = False
+
+    @property
+    def hessian(self) -> Tensor:
+        """The mean of x x^T, float32 `[columns, columns]`; the identity if nothing was seen."""
+        if not self.count:
+            return torch.eye(len(self.total), device=self.total.device)
+        return self.total / self.count
+
+
+def input_rows(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """The vectors that the rows of the layer's weight matrix are multiplied by.
+
+    Args:
+        layer: a linear layer or a 1-D convolution.
+        inputs: what the layer is given, `[..., in]` or `[batch, in, frames]`.
+
+    Returns:
+        float32 `[vectors, columns]`, in the column order of `student.to_matrix`: for a convolution
+        kernel-major, its padding included. A convolution with channel groups gives the vectors of
+        all groups.
+    """
+    if not isinstance(layer, nn.Conv1d):
+        return inputs.reshape(-1, inputs.shape[-1]).float()
+    values = inputs.float()
+    if values.dim() == 2:
+        values = values.unsqueeze(0)
+    (kernel,), (stride,), (dilation,) = layer.kernel_size, layer.stride, layer.dilation
+    if isinstance(layer.padding, str):
+        total = dilation * (kernel - 1) if layer.padding == "same" else 0
+        left, right = total // 2, total - total // 2
+    else:
+        left = right = layer.padding[0]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    values = nn.functional.pad(values, (left, right), mode=mode)
+    windows = values.unfold(2, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+    batch, channels, frames, _ = windows.shape
+    windows = windows.reshape(batch, layer.groups, channels // layer.groups, frames, kernel)
+    return windows.permute(0, 1, 3, 4, 2).reshape(batch * layer.groups * frames, -1)
+
+
+def _counted_positions(batch: Mapping[str, Tensor]) -> Tensor | None:
+    """bool `[batch, tokens]` of decoder positions that are not padding, or None if all count."""
+    mask = batch.get("decoder_attention_mask")
+    if mask is not None:
+        return mask.bool()
+    labels = batch.get("labels")
+    if labels is None:
+        return None
+    # The prompt is not scored either, but the student will see it: only what follows is padding.
+    return (labels != -100).flip(1).cummax(1).values.flip(1).bool()
+
+
+class _Collector:
+    """Forward hooks that add up the second moments of layer inputs."""
+
+    def __init__(self) -> None:
+        self.moments: dict[str, Moments] = {}
+        self.positions: Tensor | None = None
+        self._input: Tensor | None = None
+        self._gram: tuple[Tensor, int] | None = None
+
+    def start_batch(self, positions: Tensor | None) -> None:
+        self.positions = positions
+        self._input = self._gram = None
+
+    def hook(self, name: str, columns: int, device: torch.device) -> Callable[..., None]:
+        moments = self.moments[name] = Moments(torch.zeros(columns, columns, device=device))
+
+        def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = cast(Tensor, args[0] if args else kwargs["input"])
+            # Queries, keys and values are projected from the same tensor: multiply it once.
+            if inputs is not self._input or isinstance(layer, nn.Conv1d):
+                self._input, self._gram = inputs, self._multiply(layer, inputs)
+            assert self._gram is not None
+            moments.total += self._gram[0]
+            moments.count += self._gram[1]
+
+        return record
+
+    def _multiply(self, layer: nn.Module, inputs: Tensor) -> tuple[Tensor, int]:
+        with torch.autocast(inputs.device.type, enabled=False):
+            if self.positions is not None and inputs.dim() == 3 and inputs.shape[:2] == self.positions.shape:
+                inputs = inputs[self.positions]
+            rows = input_rows(layer, inputs)
+            return rows.T @ rows, len(rows)
+
+
+def _collect(
+    teacher: nn.Module,
+    layers: Mapping[str, CompressedLayer],
+    batches: Iterable[Mapping[str, Tensor]],
+    autocast: torch.dtype | None,
+    progress: Progress | None,
+) -> tuple[dict[str, Moments], int]:
+    collector = _Collector()
+    device = next(teacher.parameters()).device
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            source = _source(teacher, name, layer)
+            columns = to_matrix(layer.weight).shape[1]
+            if source is None:
+                collector.moments[name] = Moments(torch.zeros(columns, columns, device=device), identity=True)
+                continue
+            hook = collector.hook(name, columns, device)
+            stack.callback(source.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        was_training = teacher.training
+        stack.callback(teacher.train, was_training)
+        teacher.eval()
+        total = len(batches) if isinstance(batches, Sequence) else None
+        count = 0
+        for batch in batches:
+            moved = {name: value.to(device) for name, value in batch.items()}
+            collector.start_batch(_counted_positions(moved))
+            moved.pop("labels", None)
+            with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                teacher(**moved)
+            count += 1
+            if progress is not None:
+                progress("teacher", count, total)
+    if not count:
+        raise DataError("no batch to calibrate on", where="calibrate", expected="at least one batch")
+    for name, moments in collector.moments.items():
+        if not bool(torch.isfinite(moments.total).all()):
+            raise ModelError(
+                "the teacher's activations are not finite",
+                where=name,
+                expected="finite inputs",
+                remedy="Check the model's weights and the audio; try autocast = None.",
+            )
+    return collector.moments, count
+
+
+def _source(teacher: nn.Module, name: str, layer: CompressedLayer) -> nn.Module | None:
+    """The teacher's module whose inputs the layer's columns are multiplied by; None for a table."""
+    try:
+        module = teacher.get_submodule(name)
+    except AttributeError:
+        raise ModelError("the student has a layer that the teacher has not", where=name) from None
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.shape != layer.weight.shape:
+        raise ModelError(
+            "the student's layer does not fit the teacher's",
+            where=name,
+            expected=list(layer.weight.shape),
+            found=list(weight.shape) if isinstance(weight, Tensor) else type(module).__name__,
+        )
+    if isinstance(module, (nn.Linear, nn.Conv1d)):
+        return module
+    # The rows of an embedding are looked up, but tied ones are also multiplied, as output projection.
+    for other in teacher.modules():
+        if isinstance(other, nn.Linear) and other.weight is weight:
+            return other
+    return None
+
+
+# -- one layer ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _start(
+    name: str, layer: CompressedLayer, weight: Tensor, moments: Moments, method: Method, damping: float
+) -> LayerCalibration:
+    started = time.perf_counter()
+    compression = layer.compression
+    matrix = to_matrix(weight).float()
+    hessian = moments.hessian
+    before = _relative_error(matrix, to_matrix(fake_quantized(layer)), hessian)
+    used, notes = None, []
+    if not moments.count and not moments.identity:
+        notes.append("never reached by the batches: all inputs counted alike")
+    layer.weight.copy_(weight)
+    compression.importance.fill_(1.0)
+    if method != "magnitude":
+        compression.importance.copy_(_importance(hessian))
+    if method == "hessian":
+        solution = solve(
+            matrix,
+            hessian,
+            compression.spec,
+            damping=damping,
+            importance=compression.importance,
+            covering=compression.options.scales == "min-max",
+        )
+        used = solution.damping
+        notes += solution.notes
+        layer.weight.copy_(from_matrix(solution.master, layer.weight.shape))
+        if compression.mask is not None and solution.mask is not None:
+            compression.mask.copy_(solution.mask)
+        if solution.scale is not None:
+            compression.set_scales(solution.scale, solution.zero)
+    else:
+        compression.start(layer.weight)
+    after = _relative_error(matrix, to_matrix(fake_quantized(layer)), hessian)
+    return LayerCalibration(
+        name, str(compression.spec), matrix.shape[0], matrix.shape[1], moments.count, before, after, used,
+        time.perf_counter() - started, "; ".join(notes),
+    )  # fmt: skip
+
+
+def _importance(hessian: Tensor) -> Tensor:
+    """Mean squares of the inputs, their mean 1, none negligible."""
+    squares = hessian.diagonal()
+    mean = squares.mean()
+    if not mean > 0:
+        return torch.ones_like(squares)
+    return (squares / mean).clamp(min=_LEAST_IMPORTANCE)
+
+
+def _relative_error(weight: Tensor, compressed: Tensor, hessian: Tensor) -> float:
+    """tr(E H E^T) / tr(W H W^T) with E = W - What; 0 if both are zero."""
+    error = reference = 0.0
+    for low in range(0, len(weight), _BLOCK_ROWS):
+        block = weight[low : low + _BLOCK_ROWS]
+        difference = block - compressed[low : low + _BLOCK_ROWS]
+        error += float(((difference @ hessian) * difference).sum())
+        reference += float(((block @ hessian) * block).sum())
+    return max(error, 0.0) / reference if reference > 0 else 0.0
+
+
+@dataclass
+class Solution:
+    """A weight that `solve` pruned and rounded.
+
+    Attributes:
+        master: float32 `[rows, columns]`, master weights that prune and round to `values`.
+        values: float32 `[rows, columns]`, the compressed weight.
+        mask: bool `[rows, columns]`, or None if dense.
+        scale: float32 `[rows, groups]`, rounded as float16, or None if not quantized.
+        zero: float32 `[rows, groups]` if asymmetric, else None.
+        damping: the damping in the end.
+        notes: what was unusual.
+    """
+
+    master: Tensor
+    values: Tensor
+    mask: Tensor | None
+    scale: Tensor | None
+    zero: Tensor | None
+    damping: float
+    notes: list[str] = field(default_factory=list)
+
+
+def solve(
+    weight: Tensor,
+    hessian: Tensor,
+    spec: LayerSpec,
+    *,
+    damping: float = 0.01,
+    importance: Tensor | None = None,
+    covering: bool = False,
+) -> Solution:
+    """Prunes and rounds a weight so that its output on the given inputs changes little.
+
+    SparseGPT (arXiv 2301.00774) with GPTQ's rounding (arXiv 2210.17323): columns are handled in
+    turn; what pruning and rounding change in one is made up for by the columns still to come,
+    along the Cholesky factor of the inverse Hessian. The mask of each N:M group, and the scale of
+    each scale group, are chosen when the group is reached; a scale for the whole row is chosen first.
+
+    Args:
+        weight: float32 `[rows, columns]`.
+        hessian: float32 `[columns, columns]`, the mean of x x^T over the inputs x.
+        spec: what the weight becomes.
+        damping: what is added to the Hessian's diagonal, as a share of its mean. If the Hessian
+            cannot be inverted with it, ten times as much is, and so on.
+        importance: float32 `[columns]`, positive: the student's masks rank |master| * sqrt(importance).
+        covering: whether the student derives its scales from its largest master weights (min-max);
+            then no kept weight lies outside the codes, and each group has one at the end of its range.
+
+    Returns:
+        The solution. Its master weights are the compensated ones before rounding, moved as little
+        as needed that they round to the chosen codes and that their N:M mask is the chosen one.
+    """
+    rows, columns = weight.shape
+    weight = weight.float()
+    if importance is None:
+        importance = torch.ones(columns, device=weight.device)
+    plan, damping, notes = _plan(hessian, spec, damping, covering)
+    master, values = torch.empty_like(weight), torch.empty_like(weight)
+    mask = None if spec.sparsity is None else torch.empty_like(weight, dtype=torch.bool)
+    scale = zero = None
+    if spec.quant is not None:
+        scale = torch.empty(rows, spec.scale_groups(columns), device=weight.device)
+        zero = None if spec.quant.symmetric else torch.empty_like(scale)
+    for low in range(0, rows, _BLOCK_ROWS):
+        block = slice(low, low + _BLOCK_ROWS)
+        part = _solve_rows(weight[block], importance, plan)
+        master[block], values[block] = part.master, part.values
+        for whole, piece in ((mask, part.mask), (scale, part.scale), (zero, part.zero)):
+            if whole is not None and piece is not None:
+                whole[block] = piece
+    return Solution(master, values, mask, scale, zero, damping, notes)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What all rows of a weight share.
+
+    Attributes:
+        spec: what the weight becomes.
+        order: int64 `[columns]`, the column at each position of the walk.
+        factor: float32 `[columns, columns]`, upper Cholesky factor of the inverse Hessian, in order.
+        squares: float32 `[columns]`, the Hessian's diagonal, in order.
+        blocks: first and last position (exclusive) of each block; no group crosses a block's edge.
+        patterns: position where an N:M group starts, to its width.
+        groups: position where a scale group starts, to its width and number; empty if the scale is
+            the row's.
+        covering: as for `solve`.
+    """
+
+    spec: LayerSpec
+    order: Tensor
+    factor: Tensor
+    squares: Tensor
+    blocks: list[tuple[int, int]]
+    patterns: dict[int, int]
+    groups: dict[int, tuple[int, int]]
+    covering: bool
+
+
+def _plan(hessian: Tensor, spec: LayerSpec, damping: float, covering: bool) -> tuple[_Plan, float, list[str]]:
+    columns = len(hessian)
+    m = 1 if spec.sparsity is None else spec.sparsity.m
+    group = 1 if spec.group is None else spec.group
+    # A unit is the least run of columns that cuts neither an N:M group nor a scale group.
+    edges = [column for column in range(columns) if column % m == 0 and column % group == 0]
+    units = list(zip(edges, [*edges[1:], columns], strict=True))
+    squares = hessian.diagonal()
+    # The strongest inputs first: while there are many columns left to make up for their error.
+    strength = [float(squares[first:last].mean()) for first, last in units]
+    units = [units[i] for i in sorted(range(len(units)), key=lambda i: -strength[i])]
+    order: list[int] = []
+    blocks, patterns, groups = [], {}, {}
+    start = 0
+    for first, last in units:
+        if len(order) - start >= _BLOCK_COLUMNS:
+            blocks.append((start, len(order)))
+            start = len(order)
+        for column in range(first, last):
+            position = len(order)
+            if spec.sparsity is not None and column % m == 0:
+                patterns[position] = min(m, columns - column)
+            if spec.group is not None and column % group == 0:
+                groups[position] = (min(group, columns - column), column // group)
+            order.append(column)
+    blocks.append((start, columns))
+    ordered = torch.tensor(order, device=hessian.device)
+    factor, damping, notes = _inverse_factor(hessian[ordered][:, ordered], damping)
+    return _Plan(spec, ordered, factor, squares[ordered], blocks, patterns, groups, covering), damping, notes
+
+
+def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, list[str]]:
+    """The upper triangular U with U^T U = (H + damping * mean(diag H) * I)^-1, float32."""
+    values = hessian.double()
+    mean = float(values.diagonal().mean())
+    identity = torch.eye(len(values), dtype=torch.float64, device=values.device)
+    if not mean > 0:
+        return identity.float(), damping, ["all inputs were zero: all counted alike"]
+    used = damping
+    for _ in range(_DAMPING_TRIES):
+        # From the last column up: H = R R^T with R upper triangular, hence U = R^-1.
+        lower, failed = torch.linalg.cholesky_ex((values + used * mean * identity).flip(0, 1))
+        if not int(failed):
+            inverse = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            factor = inverse.float()
+            if bool(torch.isfinite(factor).all()) and bool((factor.diagonal() > 0).all()):
+                note = [] if used == damping else [f"damping raised from {damping:g} to {used:g}"]
+                return factor, used, note
+        used = max(used * 10.0, 1e-6)
+    return identity.float(), used, ["the Hessian could not be inverted: all inputs counted alike"]
+
+
+def _solve_rows(weight: Tensor, importance: Tensor, plan: _Plan) -> Solution:
+    """`solve` for some of the rows."""
+    spec, quant, nm = plan.spec, plan.spec.quant, plan.spec.sparsity
+    rows, columns = weight.shape
+    # Transposed, so that the column at hand is contiguous.
+    work = weight[:, plan.order].T.contiguous()
+    values = torch.empty_like(work)
+    kept = None
+    diagonal = plan.factor.diagonal().unsqueeze(1)
+    if nm is not None:
+        kept = torch.empty(work.shape, dtype=torch.bool, device=work.device)
+        for position, width in plan.patterns.items():
+            _choose(work, kept, diagonal, position, width, nm)
+    scale = zero = row_scale = row_zero = None
+    if quant is not None:
+        scale = torch.empty(rows, spec.scale_groups(columns), device=work.device)
+        zero = None if quant.symmetric else torch.empty_like(scale)
+        if spec.group is None:
+            row_scale, row_zero = _scale(work, kept, plan, 0, columns)
+            scale[:, 0] = row_scale
+            if zero is not None and row_zero is not None:
+                zero[:, 0] = row_zero
+    for start, stop in plan.blocks:
+        errors = torch.empty(stop - start, rows, device=work.device)
+        for position in range(start, stop):
+            if nm is not None and kept is not None and position in plan.patterns:
+                _choose(work, kept, diagonal, position, plan.patterns[position], nm)
+            if scale is not None and position in plan.groups:
+                width, number = plan.groups[position]
+                row_scale, row_zero = _scale(work, kept, plan, position, width)
+                scale[:, number] = row_scale
+                if zero is not None and row_zero is not None:
+                    zero[:, number] = row_zero
+            column, value = work[position], values[position]
+            if quant is None:
+                value.copy_(_to_half(column))
+            else:
+                assert row_scale is not None
+                offset = quant.zero if row_zero is None else row_zero
+                torch.div(column, row_scale, out=value)
+                value.add_(offset).round_().clamp_(_lowest_code(plan), quant.max_code)
+                value.sub_(offset).mul_(row_scale)
+            if kept is not None:
+                value.masked_fill_(~kept[position], 0.0)
+            error = torch.sub(column, value, out=errors[position - start]).div_(diagonal[position])
+            work[position + 1 : stop].addr_(plan.factor[position, position + 1 : stop], error, alpha=-1)
+        work[stop:].addmm_(plan.factor[start:stop, stop:].T, errors, alpha=-1)
+    back = torch.argsort(plan.order)
+    values = values[back].T.contiguous()
+    mask = None if kept is None else kept[back].T.contiguous()
+    master = _fit_kept(work[back].T.contiguous(), values, scale, zero, plan)
+    if quant is not None and scale is not None and plan.covering:
+        _fit_range(master, mask, scale, zero, spec)
+        pruned = master if mask is None else master.masked_fill(~mask, 0.0)
+        scale, zero = q.min_max(pruned, quant, spec.group)
+        values = q.fake_quantize(pruned, mask, scale, zero, quant, spec.group)
+    if mask is not None and nm is not None:
+        master = _fit_pruned(master, mask, importance, nm)
+    return Solution(master, values, mask, scale, zero, 0.0)
+
+
+def _choose(work: Tensor, kept: Tensor, diagonal: Tensor, position: int, width: int, nm: NM) -> None:
+    """Chooses the mask of one N:M group of all rows: what costs least after compensation goes."""
+    group = slice(position, position + width)
+    kept[group] = nm_mask((work[group] / diagonal[group]).square_().T, nm).T
+
+
+def _scale(
+    work: Tensor, kept: Tensor | None, plan: _Plan, position: int, width: int
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point `[rows]` of the columns from `position`, as they are now."""
+    quant = plan.spec.quant
+    assert quant is not None
+    group = slice(position, position + width)
+    mask = None if kept is None else kept[group].T.contiguous()
+    pruned = work[group].T.contiguous()
+    if mask is not None:
+        pruned.masked_fill_(~mask, 0.0)
+    if plan.covering:
+        scale, zero = q.min_max(pruned, quant, None)
+    else:
+        squares = plan.squares[group]
+        importance = squares if bool((squares > 0).any()) else None
+        scale, zero = q.min_error(pruned, mask, quant, None, importance=importance)
+    return scale[:, 0].contiguous(), None if zero is None else zero[:, 0].contiguous()
+
+
+def _lowest_code(plan: _Plan) -> int:
+    # Scales that cover the largest weight never reach the integer grid's lowest code (see `min_max`).
+    quant = plan.spec.quant
+    return int(plan.covering and quant is not None and quant.symmetric and quant.grid == "integer")
+
+
+def _to_half(values: Tensor) -> Tensor:
+    return values.clamp(-q.MAX_SCALE, q.MAX_SCALE).half().float()
+
+
+# -- master weights that stand for the solution -------------------------------------------------
+
+
+def _fit_kept(
+    compensated: Tensor, values: Tensor, scale: Tensor | None, zero: Tensor | None, plan: _Plan
+) -> Tensor:
+    """Moves the weights into the rounding intervals of their codes, and away from zero.
+
+    At zero a kept weight would tie with pruned ones when masks are recomputed.
+    """
+    spec, quant = plan.spec, plan.spec.quant
+    if quant is None or scale is None:
+        return torch.where(compensated.abs() < _TINY, torch.full_like(compensated, _TINY), compensated)
+    columns = values.shape[1]
+    step = q.spread(scale, columns, spec.group)
+    low, high = values - _HALF_STEP * step, values + _HALF_STEP * step
+    if plan.covering:
+        offset = quant.zero if zero is None else q.spread(zero, columns, spec.group)
+        low = torch.maximum(low, (_lowest_code(plan) - offset) * step)
+        high = torch.minimum(high, (quant.max_code - offset) * step)
+    master = compensated.clamp(low, high)
+    least = (_LEAST_STEP * step).expand_as(master)
+    return torch.where(master.abs() < least, torch.where(high >= least, least, -least), master)
+
+
+def _fit_pruned(master: Tensor, kept: Tensor, importance: Tensor, nm: NM) -> Tensor:
+    """Moves pruned weights below the least kept one of their N:M group, as the student ranks them."""
+    rows, columns = master.shape
+    weights = importance.sqrt()
+    padding = -columns % nm.m
+    scores = (master.abs() * weights).masked_fill(~kept, float("inf"))
+    scores = nn.functional.pad(scores, (0, padding), value=float("inf")).reshape(rows, -1, nm.m)
+    limit = _BELOW_KEPT * scores.amin(dim=-1, keepdim=True).expand(scores.shape)
+    limit = limit.reshape(rows, -1)[:, :columns] / weights
+    return torch.where(kept, master, master.clamp(-limit, limit))
+
+
+def _fit_range(
+    master: Tensor, kept: Tensor | None, scale: Tensor, zero: Tensor | None, spec: LayerSpec
+) -> None:
+    """Moves the largest kept weights of each scale group to the ends of its range, in place.
+
+    A student whose scales follow the largest weights then finds the scales that were chosen.
+    """
+    quant, columns = spec.quant, master.shape[1]
+    assert quant is not None
+    size = columns if spec.group is None else spec.group
+    for number, first in enumerate(range(0, columns, size)):
+        values, step = master[:, first : first + size], scale[:, number : number + 1]
+        present = torch.ones_like(values, dtype=torch.bool) if kept is None else kept[:, first : first + size]
+        # The least scale stands for groups without any large weight.
+        movable = present.any(dim=1, keepdim=True) & (step > q.MIN_SCALE)
+        if zero is None:
+            reach = quant.zero if quant.grid == "midrise" else quant.max_code - quant.zero
+            at = values.abs().masked_fill(~present, -1.0).argmax(dim=1, keepdim=True)
+            ends = [(at, (reach * step).copysign(values.gather(1, at)), movable)]
+        else:
+            offset = zero[:, number : number + 1]
+            highest = values.masked_fill(~present, -torch.inf).argmax(dim=1, keepdim=True)
+            lowest = values.masked_fill(~present, torch.inf).argmin(dim=1, keepdim=True)
+            ends = [
+                (highest, (quant.max_code - offset) * step, movable & (offset < quant.max_code)),
+                (lowest, -offset * step, movable & (offset > 0)),
+            ]
+        for at, end, where in ends:
+            values.scatter_(1, at, torch.where(where, end, values.gather(1, at)))

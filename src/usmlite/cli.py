@@ -1,0 +1,655 @@
+"""The command line: thin commands over the library.
+
+Nothing heavy is imported before a command needs it, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+from usmlite.errors import AudioError, OutputError, RecipeError, UsmliteError
+from usmlite.recipe import Key, Recipe, build_recipe, keys, load_recipe
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+
+    from usmlite.data import Utterance
+    from usmlite.evaluate import Evaluation
+    from usmlite.runtime import Recognizer, Transcript
+
+INTERRUPTED = 130  # as shells report a program ended by Ctrl-C
+BROKEN_PIPE = 141  # and by SIGPIPE
+HOLDS = ("float32", "int8", "packed")
+FORMATS = ("txt", "json", "srt", "vtt")
+
+_BATCH_SECONDS = 3600.0  # audio held at once while several files are transcribed
+_SECTIONS = {
+    "model": "where to start",
+    "data": "speech to train on, choose on and report on",
+    "spec": "what each weight becomes",
+    "student": "how the student starts and how its masks and scales behave",
+    "training": "the fine-tuning",
+}
+
+MAIN_EPILOG = """\
+the usual way through:
+  usmlite info tiny.en --bits 4 --sparsity 2:4       what it would take, before anything is trained
+  usmlite compress tiny.en --data speech/ --out small/
+  usmlite evaluate small/packed --data test.jsonl --against tiny.en
+  usmlite transcribe small/packed interview.wav --format srt
+
+MODEL is a name (tiny.en, base), a Whisper directory of Transformers or CTranslate2 (faster-whisper), a
+hub id such as openai/whisper-base, or what `usmlite compress` wrote.
+
+Every command explains itself: usmlite COMMAND --help. Errors in what you give it end with exit code 2.
+"""
+
+COMPRESS_EPILOG = """\
+Every flag but --recipe, --out and --no-finetune is a key of the recipe file too: --learning-rate is
+training.learning_rate. A flag wins over the file. The run writes the recipe it really used to
+DIR/recipe.toml, so that `usmlite compress --recipe DIR/recipe.toml --out DIR2` repeats it.
+
+Ctrl-C finishes the step and saves; the same command again goes on from there, also after a kill.
+
+examples:
+  usmlite compress tiny.en --data speech/ --out small/
+  usmlite compress --recipe recipes/tiny.en-int4-2of4.toml --out small/
+  usmlite compress base --data train.jsonl --dev dev.jsonl --bits 3 --sparsity dense --out base3/
+  usmlite compress tiny.en --data train.jsonl --bits 8 --sparsity dense --no-finetune --out int8/
+
+Rules for single layers stand in the file only, the first match decides:
+  [[spec.rules]]
+  match = "model.decoder.*"
+  bits = 3
+"""
+
+EVALUATE_EPILOG = """\
+Both texts go through the Whisper English normalizer. The interval is a bootstrap over utterances; with
+--against the same utterances are drawn for both models, so that small differences can be told.
+
+examples:
+  usmlite evaluate small/packed --data LibriSpeech/test-clean
+  usmlite evaluate small/packed --data test.jsonl --against tiny.en --worst 10
+  usmlite evaluate tiny.en --data test.jsonl --json dense.json
+  usmlite evaluate small/packed --data test.jsonl --against dense.json
+"""
+
+TRANSCRIBE_EPILOG = """\
+Audio may have any length, rate and number of channels: WAV, FLAC, OGG, Opus or MP3. A file that cannot be
+read does not stop the others; it is named at the end, and the exit code is then 2.
+
+examples:
+  usmlite transcribe small/packed interview.wav
+  usmlite transcribe small/packed *.mp3 --format all --output-dir transcripts/
+  usmlite transcribe base rede.flac --language de --task translate --format vtt
+"""
+
+INFO_EPILOG = """\
+For a dense model: what each weight would become and the bytes it would take, the kept ones too. For a
+packed model: what is stored in its file.
+
+examples:
+  usmlite info tiny.en --bits 4 --sparsity 2:4
+  usmlite info tiny.en --bits 3 --sparsity dense --group 64
+  usmlite info base --rules-from recipes/tiny.en-int4-2of4.toml
+  usmlite info small/packed --json
+"""
+
+DEMO_EPILOG = """\
+It needs the extra: pip install "usmlite[demo]". The speech is synthetic and made on the spot, one voice, so the
+word error rates say that the whole flow works, not how good the model is; results on real speech
+are in results/ and in the README.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports wrong flags like every other error: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsmliteError(message, where=self.prog, remedy=f"`{self.prog} --help` explains the flags.")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line, without anything heavy."""
+    from usmlite import __version__
+
+    parser = _parser(
+        _Parser, prog="usmlite",
+        description="Compress a speech recognition model to a tenth of its bytes, and measure what it cost.",
+        epilog=MAIN_EPILOG,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"usmlite {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    _add_compress(commands)
+    _add_evaluate(commands)
+    _add_transcribe(commands)
+    _add_info(commands)
+    _add_demo(commands)
+    return parser
+
+
+def _parser(make: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+    # Abbreviations would change their meaning when a flag is added.
+    return make(*args, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+
+
+def _command(commands: Any, name: str, short: str, epilog: str, run: Callable[..., int]) -> Any:
+    parser = _parser(
+        commands.add_parser, name, help=short, description=f"{short[0].upper()}{short[1:]}.", epilog=epilog
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_compress(commands: Any) -> None:
+    parser = _command(
+        commands, "compress", "compress a model: plan, fine-tune, pack, measure before and after",
+        COMPRESS_EPILOG, _run_compress,
+    )  # fmt: skip
+    parser.add_argument(
+        "source", nargs="?", metavar="MODEL", help="a name, a model directory or a hub id (default: tiny.en)"
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="where the run keeps and writes everything"
+    )
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help="TOML file with any of the keys below")
+    parser.add_argument(
+        "--no-finetune", action="store_true", help="only round and prune, without any training (--steps 0)"
+    )
+    _add_recipe_flags(parser, _SECTIONS)
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = _command(
+        commands, "evaluate", "measure a model's word error rate", EVALUATE_EPILOG, _run_evaluate
+    )
+    parser.add_argument("source", metavar="MODEL", help="dense, student checkpoint or packed model")
+    parser.add_argument(
+        "--data", required=True, metavar="D",
+        help="speech with text: a manifest.jsonl, a LibriSpeech directory or a folder of audio and .txt",
+    )  # fmt: skip
+    parser.add_argument(
+        "--against", metavar="OTHER", help="another model, or a .json of an earlier run on the same data"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures and transcripts here")
+    parser.add_argument(
+        "--worst", type=_whole(0), default=0, metavar="N", help="show the N worst utterances, aligned (default: 0)"
+    )
+    parser.add_argument(
+        "--batch-size", type=_whole(1), default=16, metavar="N", help="utterances decoded together (default: 16)"
+    )
+    parser.add_argument("--limit", type=_whole(1), metavar="N", help="only the first N utterances")
+    _add_hold(parser)
+
+
+def _add_transcribe(commands: Any) -> None:
+    parser = _command(
+        commands, "transcribe", "write down what is said in audio files", TRANSCRIBE_EPILOG, _run_transcribe
+    )
+    parser.add_argument("source", metavar="MODEL", help="dense, student checkpoint or packed model")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="audio")
+    parser.add_argument(
+        "--format", choices=(*FORMATS, "all"), default="txt",
+        help="plain text, JSON with times, or subtitles (default: txt)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output-dir", type=Path, metavar="DIR", help="one file for each recording, instead of the console"
+    )
+    parser.add_argument(
+        "--language", metavar="CODE", help="such as en or German (default: heard from the speech itself)"
+    )
+    parser.add_argument(
+        "--task", choices=("transcribe", "translate"), default="transcribe",
+        help="translate goes into English, with multilingual models (default: transcribe)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batch-size", type=_whole(1), default=8, metavar="N", help="files decoded side by side (default: 8)"
+    )
+    _add_hold(parser)
+
+
+def _add_info(commands: Any) -> None:
+    parser = _command(
+        commands, "info", "show what each weight takes, or would take", INFO_EPILOG, _run_info
+    )
+    parser.add_argument("source", metavar="MODEL", help="a dense or packed model")
+    parser.add_argument(
+        "--rules-from", type=Path, metavar="RECIPE", help="take the [spec] of this recipe; flags win over it"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_recipe_flags(parser, ("spec",))
+
+
+def _add_demo(commands: Any) -> None:
+    parser = _command(
+        commands, "demo", "see the whole flow on synthetic speech, in minutes", DEMO_EPILOG, _run_demo
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("usmlite-demo"), metavar="DIR",
+        help="where the speech and the models go (default: usmlite-demo)",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=_whole(0), metavar="N", help="optimizer steps, instead of the demo's own")
+
+
+def _add_hold(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--hold", choices=HOLDS, default="float32",
+        help="a packed model's weights in memory: float32 is fastest here, packed is smallest (default: float32)",
+    )  # fmt: skip
+
+
+def _add_recipe_flags(parser: argparse.ArgumentParser, sections: Iterable[str]) -> None:
+    for section in sections:
+        group = parser.add_argument_group(f"[{section}] {_SECTIONS[section]}")
+        for key in keys():
+            if key.section == section and not (key.section, key.name) == ("model", "source"):
+                _add_recipe_flag(group, key)
+        if section == "model":
+            group.add_argument(
+                "--model", dest="model.source", default=argparse.SUPPRESS, metavar="MODEL", help="the same as MODEL"
+            )
+
+
+def _add_recipe_flag(group: Any, key: Key) -> None:
+    # SUPPRESS: only what was given is in the namespace, and so wins over the recipe file.
+    settings: dict[str, Any] = {"dest": f"{key.section}.{key.name}", "default": argparse.SUPPRESS}
+    text = key.help.replace("%", "%%")
+    if "(default:" not in text:
+        text += f" (default: {_shown(key.default)})"
+    if key.kind is bool:
+        settings["action"] = argparse.BooleanOptionalAction
+    else:
+        names = {int: "N", float: "X", str: "TEXT"}
+        settings["metavar"] = "{" + ",".join(key.choices) + "}" if key.choices else names[key.kind]
+        settings["type"] = _converter(key)
+    group.add_argument(f"--{key.flag}", help=text, **settings)
+
+
+def _shown(default: object) -> str:
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    if default is None:
+        return "none"
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def _converter(key: Key) -> Callable[[str], Any]:
+    """Text to the key's type. Ranges and choices are the recipe's business."""
+
+    def convert(text: str) -> Any:
+        if key.kind is str or (key.name == "bits" and text == "float"):
+            return text
+        try:
+            return key.kind(text)
+        except ValueError:
+            expected = "a whole number" if key.kind is int else "a number"
+            if key.name == "bits":
+                expected += ", or 'float'"
+            raise RecipeError(
+                "unreadable value", where=f"--{key.flag}", expected=expected, found=repr(text)
+            ) from None
+
+    return convert
+
+
+def _whole(lowest: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        # Of ASCII digits: int() alone would take "1_000" and other scripts.
+        if not (text.isascii() and text.isdigit()) or int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"expected a whole number, at least {lowest}, found {text!r}")
+        return int(text)
+
+    return convert
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line.
+
+    Args:
+        argv: the arguments; those of the process if None.
+
+    Returns:
+        The exit code: 0, 2 after an error that the user can mend, 130 after Ctrl-C.
+    """
+    command = ""
+    try:
+        parser = build_parser()
+        arguments, rest = parser.parse_known_args(argv)
+        command = arguments.command or ""
+        if rest:
+            raise _unknown(parser, command, rest[0])
+        if not command:
+            parser.print_help(sys.stderr)
+            return UsmliteError.exit_code
+        code = cast(int, arguments.run(arguments))
+        sys.stdout.flush()
+        return code
+    except UsmliteError as error:
+        _complain(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        saved = "; what is done is saved, the same command goes on from there"
+        _complain("interrupted" + (saved if command in ("compress", "demo") else ""))
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has left (`| head`). Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def _complain(text: str) -> None:
+    line = " ".join(text.splitlines())
+    print(f"usmlite: {line}", file=sys.stderr, flush=True)
+
+
+def _unknown(parser: argparse.ArgumentParser, command: str, word: str) -> UsmliteError:
+    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    chosen = commands.choices[command] if command else parser
+    known = [option for action in chosen._actions for option in action.option_strings]
+    close = difflib.get_close_matches(word.partition("=")[0], known, n=1, cutoff=0.5)
+    hint = f"Did you mean '{close[0]}'?" if close else f"`{chosen.prog} --help` lists what there is."
+    return UsmliteError(f"unknown argument {word!r}", where=chosen.prog, remedy=hint)
+
+
+def _recipe_values(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The recipe keys that were given as flags, by section."""
+    values: dict[str, dict[str, Any]] = {}
+    for name, value in vars(arguments).items():
+        section, dot, key = name.partition(".")
+        if dot:
+            values.setdefault(section, {})[key] = value
+    return values
+
+
+def recipe_from(arguments: argparse.Namespace, file: Path | None) -> Recipe:
+    """The recipe file, if there is one, with the flags on top.
+
+    Raises:
+        RecipeError: a wrong flag or file.
+        SpecError: a spec that cannot be carried out.
+    """
+    values = _recipe_values(arguments)
+    # Alone first, so that a wrong flag is not put down to the file.
+    recipe = build_recipe(values, where="command line")
+    return recipe if file is None else load_recipe(file, values)
+
+
+def _once(arguments: argparse.Namespace, name: str, value: object, flag: str) -> None:
+    """Sets a recipe key from a second way to say it, which must not say something else."""
+    if vars(arguments).get(name, value) != value:
+        raise RecipeError("contradicts another flag", where=flag, found=f"{name} = {vars(arguments)[name]!r}")
+    setattr(arguments, name, value)
+
+
+def _run_compress(arguments: argparse.Namespace) -> int:
+    if arguments.source is not None:
+        _once(arguments, "model.source", arguments.source, "MODEL")
+    if arguments.no_finetune:
+        _once(arguments, "training.steps", 0, "--no-finetune")
+    recipe = recipe_from(arguments, arguments.recipe)
+    _quiet_libraries()
+    from usmlite.compress import compress
+
+    compress(recipe, arguments.out, console=_console())
+    return 0
+
+
+def _run_evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.json is not None:
+        _check_folder(arguments.json.parent, arguments.json)
+    _quiet_libraries()
+    from usmlite.atomic import write_json
+    from usmlite.data import load_corpus
+    from usmlite.evaluate import compare, worst
+    from usmlite.report import comparison_table, difference_line
+
+    utterances = load_corpus(arguments.data, require_text=True)[: arguments.limit]
+    found, row = _evaluated(arguments.source, utterances, arguments)
+    rows, result = [row], found.to_json()
+    console = _console()
+    difference = None
+    if arguments.against is not None:
+        other, other_row = _baseline(arguments, utterances, row.float32_bytes)
+        difference = compare(found, other)
+        rows.insert(0, other_row)
+        result |= {"comparison": difference.to_json(), "against": other.to_json()}
+    console.print(comparison_table(rows))
+    console.print(
+        f"{found.name}: {found.substitutions} words substituted, {found.deletions} deleted, "
+        f"{found.insertions} inserted, of {found.reference_words}; {found.audio_seconds / 60:.1f} minutes of "
+        f"speech in {found.wall_seconds:.1f} s; peak memory {found.peak_memory_bytes / 1e6:,.0f} MB",
+        markup=False,
+    )
+    if difference is not None:
+        console.print(difference_line(difference), markup=False)
+    _print_speakers(found, console)
+    for text in worst(found, arguments.worst):
+        # Aligned text must not be wrapped.
+        print(f"\n{text}", flush=True)
+    if arguments.json is not None:
+        write_json(arguments.json, result)
+    return 0
+
+
+def _evaluated(source: str, utterances: Sequence[Utterance], arguments: argparse.Namespace) -> tuple[Evaluation, Any]:
+    from usmlite.evaluate import evaluate
+    from usmlite.info import dense_float32_bytes
+    from usmlite.load import load
+    from usmlite.report import ComparisonRow
+
+    recognizer = load(source, hold=arguments.hold)
+    with _bar(f"Evaluating {source}") as progress:
+        found = evaluate(
+            recognizer.transcribe_batch,
+            utterances,
+            name=recognizer.name,
+            weights_bytes=recognizer.weights_bytes,
+            batch_size=arguments.batch_size,
+            progress=lambda done, total: progress(done / total),
+        )
+    return found, ComparisonRow.of(found, dense_float32_bytes(recognizer.adapter.config))
+
+
+def _baseline(
+    arguments: argparse.Namespace, utterances: Sequence[Utterance], float32_bytes: int
+) -> tuple[Evaluation, Any]:
+    """The other model's evaluation: from an earlier run's JSON, or made now."""
+    path = Path(arguments.against)
+    if path.suffix != ".json" or not path.is_file():
+        return _evaluated(arguments.against, utterances, arguments)
+    import json
+
+    from usmlite.evaluate import Evaluation
+    from usmlite.report import ComparisonRow
+
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsmliteError("not a readable JSON file", where=path, found=str(error)) from None
+    other = Evaluation.from_json(plain, where=str(path))
+    return other, ComparisonRow.of(other, float32_bytes)
+
+
+def _print_speakers(found: Evaluation, console: Console) -> None:
+    scored = {name: row for name, row in found.speakers.items() if row["wer"] is not None}
+    if len(scored) < 2:
+        return
+    ordered = sorted(scored, key=lambda name: (scored[name]["wer"], name))
+    worst = ", ".join(f"{name} {100 * (scored[name]['wer'] or 0):.1f} %" for name in reversed(ordered[-5:]))
+    best = ", ".join(f"{name} {100 * (scored[name]['wer'] or 0):.1f} %" for name in ordered[:3])
+    console.print(f"{len(scored)} speakers; worst {worst}; best {best}", markup=False)
+
+
+def _run_transcribe(arguments: argparse.Namespace) -> int:
+    formats = FORMATS if arguments.format == "all" else (arguments.format,)
+    targets = _targets(arguments, formats)
+    _quiet_libraries()
+    from usmlite.load import load
+
+    recognizer = load(arguments.source, hold=arguments.hold)
+    several, bad = len(arguments.files) > 1, []
+    with _bar("Transcribing") as progress:
+        total = len(arguments.files)
+        done = 0
+        for group in _readable(arguments.files, arguments.batch_size, bad):
+
+            def tell(share: float, low: int = done, count: int = len(group)) -> None:
+                progress((low + share * count) / total)
+
+            transcripts = _transcribed(recognizer, [samples for _, samples in group], arguments, tell)
+            for (path, _), transcript in zip(group, transcripts, strict=True):
+                _deliver(transcript, path, formats, targets.get(path), several=several)
+            done += len(group)
+    for problem in bad:
+        _complain(f"error: {problem}")
+    if bad and several:
+        _complain(f"error: {len(bad)} of {len(arguments.files)} files could not be transcribed")
+    return UsmliteError.exit_code if bad else 0
+
+
+def _targets(arguments: argparse.Namespace, formats: Sequence[str]) -> dict[Path, Path]:
+    """Recording to output file without its ending; empty for the console."""
+    folder: Path | None = arguments.output_dir
+    if folder is None:
+        if arguments.format == "all":
+            raise UsmliteError(
+                "several formats need files", where="--format all", remedy="Add --output-dir DIR."
+            )
+        return {}
+    targets: dict[Path, Path] = {}
+    for path in dict.fromkeys(arguments.files):
+        target = folder / path.name.removesuffix(path.suffix)
+        other = next((name for name, taken in targets.items() if taken == target), None)
+        if other is not None:
+            raise OutputError(
+                "two recordings would share one transcript", where=f"{target}.{formats[0]}",
+                found=f"{other} and {path}", remedy="Rename one, or transcribe them into different directories.",
+            )  # fmt: skip
+        targets[path] = target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError("cannot make the directory", where=folder, found=error.strerror) from None
+    return targets
+
+
+def _readable(
+    files: Sequence[Path], count: int, bad: list[UsmliteError]
+) -> Iterator[list[tuple[Path, np.ndarray]]]:
+    """Groups of at most `count` recordings that could be read; the others' errors go into `bad`."""
+    from usmlite.audio import SAMPLE_RATE, load_audio
+
+    group: list[tuple[Path, np.ndarray]] = []
+    held = 0.0
+    for path in files:
+        try:
+            samples = load_audio(path)
+        except AudioError as error:
+            bad.append(error)
+            continue
+        group.append((path, samples))
+        held += len(samples) / SAMPLE_RATE
+        if len(group) == count or held > _BATCH_SECONDS:
+            yield group
+            group, held = [], 0.0
+    if group:
+        yield group
+
+
+def _transcribed(
+    recognizer: Recognizer, audio: list[np.ndarray], arguments: argparse.Namespace, tell: Callable[[float], None]
+) -> list[Transcript]:
+    return recognizer.transcribe(
+        audio,
+        language=arguments.language,
+        task=arguments.task,
+        batch_size=arguments.batch_size,
+        progress=tell,
+    )
+
+
+def _deliver(
+    transcript: Transcript, path: Path, formats: Sequence[str], target: Path | None, *, several: bool
+) -> None:
+    from usmlite.atomic import write_bytes
+    from usmlite.formats import FORMATS as writers
+
+    for name in formats:
+        text = writers[name](transcript)
+        if target is not None:
+            write_bytes(f"{target}.{name}", text.encode())
+        elif several:
+            print(f"==> {path} <==\n{text}", flush=True)
+        else:
+            print(text, end="", flush=True)
+
+
+def _run_info(arguments: argparse.Namespace) -> int:
+    recipe = recipe_from(arguments, arguments.rules_from)
+    _quiet_libraries()
+    from usmlite.info import describe, information_table
+
+    found = describe(arguments.source, recipe.spec.build())
+    if arguments.json:
+        import json
+
+        print(json.dumps(found.to_json(), indent=2))
+        return 0
+    console = _console()
+    console.print(information_table(found))
+    for line in found.summary():
+        console.print(line, markup=False)
+    return 0
+
+
+def _run_demo(arguments: argparse.Namespace) -> int:
+    _quiet_libraries()
+    from usmlite.demo import run_demo
+
+    run_demo(arguments.out, console=_console(), steps=arguments.steps)
+    return 0
+
+
+def _check_folder(folder: Path, where: Path) -> None:
+    # Before the work, not after it.
+    if not folder.is_dir():
+        raise OutputError(
+            "no such directory", where=where, expected=f"a directory {folder}", remedy=f"mkdir -p {folder}"
+        )
+
+
+def _quiet_libraries() -> None:
+    """Keeps the libraries' own advice off the console; their errors still come through."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        # Files and pipes have no width of their own, and 80 columns would fold the tables.
+        console.width = max(console.width, 120)
+    return console
+
+
+@contextmanager
+def _bar(label: str) -> Iterator[Callable[[float], None]]:
+    """A bar on standard error while it is a terminal; calls give the share that is done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=1.0)
+        yield lambda share: bar.update(task, completed=share)

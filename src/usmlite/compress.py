@@ -1,0 +1,420 @@
+"""The whole flow on one page: recipe in, packed model and report out."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from torch import Tensor, nn
+
+from usmlite import finetune as training
+from usmlite import report
+from usmlite import student as students
+from usmlite.atomic import write_bytes, write_json
+from usmlite.audio import WINDOW_SECONDS
+from usmlite.calibrate import calibrate
+from usmlite.checkpoint import CheckpointFolder, load_student, save_student
+from usmlite.data import Utterance, load_corpus, usable_for_training
+from usmlite.errors import OutputError, RecipeError
+from usmlite.evaluate import Evaluation, compare, describe_machine, describe_versions, evaluate
+from usmlite.load import PACKED_FOLDER, RECIPE_FILE, dense_recognizer, load, student_options
+from usmlite.models import Teacher, TimedText, load_teacher
+from usmlite.pack import pack
+from usmlite.recipe import Recipe, load_recipe, recipe_to_dict, recipe_to_toml
+from usmlite.runtime import Recognizer
+from usmlite.spec import KEEP, CompressionSpec, matrix_shape
+from usmlite.transcripts import transcribe_corpus, with_targets
+
+REPORT_FILE = "report.json"
+
+
+def compress(recipe: Recipe, output: Path, *, console: Console | None = None) -> dict[str, Any]:
+    """Compresses a model by fine-tuning; resumes where an earlier call with the same recipe stopped.
+
+    Args:
+        recipe: see `recipe.Recipe`.
+        output: the run's directory; gets `packed/` (what ships), `best/` (the student), `report.json`,
+            `recipe.toml`, `train.jsonl` and, while it lasts, `checkpoints/`.
+        console: where the plan, the progress and the table go; None for none.
+
+    Returns:
+        The report that is also in `report.json`.
+
+    Raises:
+        UsmliteError: see `errors`; nothing half-written stays, and finished stages are kept.
+        KeyboardInterrupt: Ctrl-C; the step at hand was finished and saved.
+    """
+    console = console or Console(quiet=True)
+    started = time.perf_counter()
+    spec = recipe.spec.build()
+    claim(output, recipe)
+    teacher = load_teacher(recipe.model.source)
+    speech = Speech.load(recipe)
+    console.print(plan(recipe, spec, teacher, speech))
+
+    student, calibration = start_student(recipe, spec, teacher, speech, output, console)
+    outcome: training.Outcome | None = None
+    if recipe.training.steps:
+        targets, left_out = training_targets(recipe, teacher, speech, output, console)
+        console.print(
+            f"Training on {len(targets)} utterances ({left_out} left out: the teacher got them wrong)."
+        )
+        with _training_bar(console, recipe.training.steps) as tell:
+            outcome = training.finetune(
+                student,
+                teacher.model,
+                teacher.adapter,
+                targets,
+                recipe,
+                output,
+                dev_wer=dev_wer(recipe, teacher, speech.dev_part) if speech.dev_part else None,
+                tell=tell,
+            )
+        load_student(output / "best", student)
+    else:
+        students.round_kept(student)
+        save_student(output / "best", student, None, {"step": 0, "dev_wer": None})
+    pack(student.eval().cpu(), teacher.adapter, output / PACKED_FOLDER)
+
+    evaluations = []
+    if speech.test:
+        for recognizer in (dense_recognizer(teacher), load(output / PACKED_FOLDER)):
+            evaluations.append(measure(recognizer, speech.test, output, console))
+    result = make_report(recipe, teacher, outcome, calibration, evaluations, output)
+    result["seconds"] = round(time.perf_counter() - started, 1)
+    write_json(output / REPORT_FILE, result)
+    show(result, evaluations, teacher, console)
+    return result
+
+
+class Speech:
+    """The corpora of a run.
+
+    Attributes:
+        train: utterances that fit a training window.
+        too_long: how many did not.
+        dev_part: the part of dev that checkpoints are chosen on; empty without dev.
+        test: what the final table is measured on: test, else the part of dev; empty without both.
+    """
+
+    def __init__(
+        self, train: list[Utterance], too_long: int, dev_part: list[Utterance], test: list[Utterance]
+    ):
+        self.train, self.too_long, self.dev_part, self.test = train, too_long, dev_part, test
+
+    @classmethod
+    def load(cls, recipe: Recipe) -> Speech:
+        """Reads the manifests and checks that what the recipe needs is there.
+
+        Raises:
+            RecipeError: no training speech although the recipe needs some.
+            DataError: a corpus is wrong.
+        """
+        data = recipe.data
+        needs = recipe.training.steps > 0 or recipe.student.start != "magnitude"
+        if needs and data.train is None:
+            raise RecipeError(
+                "no speech to work with",
+                where="data.train (--data)",
+                remedy="Name a manifest, a LibriSpeech directory or a folder of audio; or give "
+                "--no-finetune --start magnitude, which needs none.",
+            )
+        everything = load_corpus(data.train, require_text=data.targets == "text") if data.train else []
+        train, too_long = usable_for_training(everything)
+        if needs and not train:
+            raise RecipeError(
+                "no usable speech",
+                where=f"data.train: {data.train}",
+                expected="utterances of at most 30 s",
+                found=f"{len(too_long)} longer ones",
+                remedy="Cut them at pauses.",
+            )
+        dev = load_corpus(data.dev, require_text=True) if data.dev else []
+        dev_part = spread_out(dev, recipe.training.eval_utterances)
+        test = load_corpus(data.test, require_text=True) if data.test else dev_part
+        return cls(train, len(too_long), dev_part, test)
+
+
+def spread_out(utterances: Sequence[Utterance], count: int) -> list[Utterance]:
+    """`count` utterances at even distances in the order of their ids, so that all speakers are in."""
+    ordered = sorted(utterances, key=lambda u: u.id)
+    if len(ordered) <= count:
+        return ordered
+    return [ordered[i * len(ordered) // count] for i in range(count)]
+
+
+def claim(output: Path, recipe: Recipe) -> None:
+    """Makes the output directory ours, or checks that it holds a run of this very recipe.
+
+    Raises:
+        OutputError: it holds something else, or a run of another recipe, or cannot be written.
+    """
+    marker = output / RECIPE_FILE
+    try:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())) and not marker.is_file():
+            raise OutputError(
+                "the output exists and is not a run of usmlite",
+                where=output,
+                expected=f"a new or empty directory, or one with {RECIPE_FILE}",
+                remedy="Name another directory.",
+            )
+        if marker.is_file():
+            old, new = recipe_to_dict(load_recipe(marker)), recipe_to_dict(recipe)
+            differing = [
+                f"{section}.{key}: {old[section].get(key)!r} there, {new[section].get(key)!r} now"
+                for section in new
+                for key in sorted(old[section].keys() | new[section].keys())
+                if old[section].get(key) != new[section].get(key)
+            ]
+            if differing:
+                raise OutputError(
+                    "the output holds a run of another recipe",
+                    where=output,
+                    found="; ".join(differing),
+                    remedy="Name another directory, or repeat the old recipe to resume that run.",
+                )
+            return
+        output.mkdir(parents=True, exist_ok=True)
+        write_bytes(marker, recipe_to_toml(recipe).encode())
+    except OSError as error:
+        raise OutputError("cannot use the output directory", where=output, found=error.strerror) from None
+
+
+def expected_bytes(spec: CompressionSpec, teacher: Teacher) -> int:
+    """Bytes of the packed tensors, before the file's header."""
+    kinds = {n.removesuffix(".weight"): k for n, k in teacher.adapter.compressible(teacher.model).items()}
+    computed = teacher.adapter.computed(teacher.model)
+    total = 0
+    for name, parameter in teacher.model.named_parameters():
+        if name in computed:
+            continue
+        module = name.removesuffix(".weight")
+        layer = spec.resolve(module, kinds[module]) if module in kinds else KEEP
+        total += 2 * parameter.numel() if layer.is_kept else layer.bytes(*matrix_shape(parameter.shape))
+    return total
+
+
+def plan(recipe: Recipe, spec: CompressionSpec, teacher: Teacher, speech: Speech) -> str:
+    """What is about to happen, in words."""
+    size, hours = expected_bytes(spec, teacher), sum(u.duration for u in speech.train) / 3600
+    steps, batch = recipe.training.steps, recipe.training.batch_size * recipe.training.accumulate
+    lines = [
+        f"Model     {teacher.source}: {teacher.float32_bytes / 1e6:.1f} MB in float32",
+        *(f"Spec      {rule.kind or 'rest'}: {rule.spec} ({rule.match})" for rule in spec.rules),
+        f"Packed    about {size / 1e6:.2f} MB, {100 * size / teacher.float32_bytes:.2f} % of float32",
+        f"Speech    {len(speech.train)} utterances, {hours:.2f} h"
+        + (f" ({speech.too_long} longer than 30 s left out)" if speech.too_long else ""),
+        f"Start     {recipe.student.start}",
+    ]
+    if steps:
+        epochs = steps * batch * 30 / max(1.0, 3600 * hours)
+        lines.append(
+            f"Training  {steps} steps of {batch} windows of 30 s, about {epochs:.1f} times the speech;"
+        )
+        lines.append("          the time it takes is shown after the first steps")
+    else:
+        lines.append("Training  none")
+    return "\n".join(lines)
+
+
+def training_targets(
+    recipe: Recipe, teacher: Teacher, speech: Speech, output: Path, console: Console
+) -> tuple[list[Utterance], int]:
+    """The training utterances with the texts the student shall learn, and how many were left out."""
+    if recipe.data.targets == "text":
+        return speech.train, 0
+    path = Path(recipe.data.transcripts) if recipe.data.transcripts else output / "transcripts.jsonl"
+    with _bar(console, "Teacher transcribes", len(speech.train)) as progress:
+        texts = transcribe_corpus(
+            quick_recognizer(teacher.model, teacher, recipe), speech.train, path, progress=progress
+        )
+    return with_targets(speech.train, texts, max_wer=recipe.data.max_wer)
+
+
+def start_student(
+    recipe: Recipe, spec: CompressionSpec, teacher: Teacher, speech: Speech, output: Path, console: Console
+) -> tuple[nn.Module, dict[str, Any] | None]:
+    """The student at its starting point, or as shaped for a checkpoint that will replace it."""
+    adapter = teacher.adapter
+    resumed = CheckpointFolder(output / "checkpoints").newest() is not None
+    student = students.make_student(
+        teacher.model,
+        adapter.compressible(teacher.model),
+        spec,
+        student_options(recipe),
+        computed=adapter.computed(teacher.model),
+        start=not resumed,
+    )
+    if resumed or recipe.student.start == "magnitude" or not students.layer_specs(student):
+        return student, None
+    windows = calibration_batches(recipe, teacher, speech)
+    precision = training.autocast_precision(recipe.training.precision, torch.device("cpu"))
+    with _bar(console, "Starting point", len(students.layer_specs(student))) as progress:
+        found = calibrate(
+            student,
+            teacher.model,
+            windows,
+            method=recipe.student.start,  # type: ignore[arg-type]
+            autocast=torch.bfloat16 if precision == "bf16" else None,
+            progress=lambda stage, done, total: progress(done, total or done),
+        )
+    write_json(output / "calibration.json", found.to_dict())
+    return student, found.to_dict()
+
+
+def calibration_batches(recipe: Recipe, teacher: Teacher, speech: Speech) -> Iterator[dict[str, Tensor]]:
+    """Windows of training speech with the teacher's own words for them, as forward inputs."""
+    dataset = training.TrainingWindows(speech.train, recipe)
+    adapter, batch = teacher.adapter, 4
+    for low in range(0, recipe.student.calibration, batch):
+        indices = range(low, min(low + batch, recipe.student.calibration))
+        rows = [dataset[index] for index in indices]
+        features = adapter.features(torch.stack([row[0] for row in rows]))
+        if recipe.data.targets == "text":
+            texts = [row[1] for row in rows]
+        else:
+            decoded = adapter.decode(teacher.model, features, language=recipe.data.language)
+            texts = [[TimedText(0.0, WINDOW_SECONDS, out.text)] for out in decoded]
+        ids, labels = adapter.targets(texts, timestamps=[False] * len(rows), language=recipe.data.language)
+        yield {"input_features": features, "decoder_input_ids": ids, "labels": labels}
+
+
+def dev_wer(
+    recipe: Recipe, teacher: Teacher, utterances: Sequence[Utterance]
+) -> Callable[[nn.Module], float]:
+    """Measures a student's WER on some utterances."""
+
+    def measured(student: nn.Module) -> float:
+        recognizer = quick_recognizer(students.dense_equivalent(student, teacher.model), teacher, recipe)
+        return evaluate(recognizer.transcribe_batch, utterances, name="student", weights_bytes=0).wer
+
+    return measured
+
+
+def quick_recognizer(model: nn.Module, teacher: Teacher, recipe: Recipe) -> Recognizer:
+    """The model in bf16 if the recipe allows it and the device is fast at it, for work that is not reported."""
+    device = next(model.parameters()).device
+    if training.autocast_precision(recipe.training.precision, device) == "bf16":
+        model = copy.deepcopy(model).bfloat16()
+    return Recognizer(model, teacher.adapter, name=teacher.source, kind="dense", weights_bytes=0)
+
+
+def measure(
+    recognizer: Recognizer, utterances: Sequence[Utterance], output: Path, console: Console
+) -> Evaluation:
+    """Evaluates a model and keeps the result in the run's directory."""
+    with _bar(console, f"Evaluating {recognizer.kind}", len(utterances)) as progress:
+        found = evaluate(
+            recognizer.transcribe_batch,
+            utterances,
+            name=recognizer.kind,
+            weights_bytes=recognizer.weights_bytes,
+            progress=progress,
+        )
+    write_json(output / f"evaluation-{recognizer.kind}.json", found.to_json())
+    return found
+
+
+def make_report(
+    recipe: Recipe,
+    teacher: Teacher,
+    outcome: training.Outcome | None,
+    calibration: Mapping[str, Any] | None,
+    evaluations: Sequence[Evaluation],
+    output: Path,
+) -> dict[str, Any]:
+    """Everything about the run, as `report.json` holds it."""
+    size = (output / PACKED_FOLDER / "model.safetensors").stat().st_size
+    result: dict[str, Any] = {
+        "recipe": recipe_to_dict(recipe),
+        "model": teacher.source,
+        "float32_bytes": teacher.float32_bytes,
+        "packed_bytes": size,
+        "size": size / teacher.float32_bytes,
+        "training": None if outcome is None else vars(outcome),
+        "calibration_seconds": None if calibration is None else calibration.get("seconds"),
+        "evaluations": {found.name: _summary(found) for found in evaluations},
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+    }
+    if len(evaluations) == 2:
+        dense, packed = evaluations
+        result["difference"] = compare(packed, dense).to_json()
+    return result
+
+
+def _summary(found: Evaluation) -> dict[str, Any]:
+    whole = found.to_json()
+    return {key: value for key, value in whole.items() if key not in ("utterances", "machine", "versions")}
+
+
+def show(
+    result: Mapping[str, Any], evaluations: Sequence[Evaluation], teacher: Teacher, console: Console
+) -> None:
+    """The table at the end."""
+    rows = [report.ComparisonRow.of(found, teacher.float32_bytes) for found in evaluations]
+    if not rows:
+        rows = [report.ComparisonRow("packed", result["packed_bytes"], teacher.float32_bytes)]
+    console.print(report.comparison_table(rows))
+    if len(evaluations) == 2:
+        console.print(report.difference_line(compare(evaluations[1], evaluations[0])))
+
+
+@contextmanager
+def _bar(console: Console, label: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    columns = (
+        TextColumn("{task.description:<20}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=console, transient=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=total)
+
+        def progress(done: int, of: int) -> None:
+            bar.update(task, completed=done, total=of)
+
+        yield progress
+
+
+@contextmanager
+def _training_bar(console: Console, total: int) -> Iterator[Callable[[training.Progress], None]]:
+    """A bar with loss, WER and time left; lines now and then where there is no terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("Training", total=total)
+        told = 0
+
+        def tell(now: training.Progress) -> None:
+            nonlocal told
+            wer = "" if now.dev_wer is None else f" dev WER {100 * now.dev_wer:.1f} %"
+            text = f"loss {now.losses['loss']:.3f} kl {now.losses['kl']:.3f}{wer}"
+            bar.update(task, completed=now.step, description=text)
+            told += 1
+            left = (now.total - now.step) * now.seconds_per_step
+            if told == 3:
+                console.print(
+                    f"{now.seconds_per_step:.1f} s a step: about {left / 60:.0f} minutes to go. "
+                    "Ctrl-C saves; the same command resumes."
+                )
+            elif not console.is_terminal and now.step % 25 == 0:
+                console.print(
+                    f"step {now.step}/{now.total} {text} mask churn {now.churn:.4f} {left / 60:.1f} min left"
+                )
+
+        yield tell

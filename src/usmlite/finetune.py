@@ -1,0 +1,408 @@
+"""The fine-tuning loop, all of it.
+
+Everything random is drawn from (seed, step), so a run's state is the student, the optimizer and the
+number of the step: a run that was killed ends like one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from usmlite import student as students
+from usmlite.atomic import write_bytes
+from usmlite.checkpoint import CheckpointFolder, save_student
+from usmlite.data import Utterance, Window, load_window, pack_windows
+from usmlite.distill import Distillation, LossWeights
+from usmlite.errors import OutputError, TrainingError
+from usmlite.models import TimedText, WhisperAdapter
+from usmlite.recipe import Recipe
+from usmlite.schedule import masks_frozen, rate
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the loop tells while it runs.
+
+    Attributes:
+        step: optimizer steps done.
+        total: optimizer steps of the run.
+        losses: "loss", "kl", "ce" and "states" of the last step.
+        dev_wer: the last word error rate on the part of dev, a fraction; None before the first.
+        churn: share of the mask entries that the last mask update changed.
+        seconds_per_step: mean over the last steps.
+    """
+
+    step: int
+    total: int
+    losses: Mapping[str, float]
+    dev_wer: float | None
+    churn: float
+    seconds_per_step: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run says of itself.
+
+    Attributes:
+        steps: optimizer steps.
+        best_step: the step whose student is in `best/`.
+        best_wer: its word error rate on the part of dev, or None without dev.
+        seconds: time spent in training steps, resumed parts included.
+        windows: 30-second windows trained on.
+    """
+
+    steps: int
+    best_step: int
+    best_wer: float | None
+    seconds: float
+    windows: int
+
+
+class TrainingWindows(Dataset[tuple[Tensor, list[TimedText], bool]]):
+    """Endless training windows, item i a function of (seed, i): each epoch packs the speech anew.
+
+    Items are samples float32 `[480000]`, the texts in it, and whether to write timestamps.
+    """
+
+    def __init__(self, utterances: Sequence[Utterance], recipe: Recipe) -> None:
+        self.utterances = utterances
+        self.recipe = recipe
+        self._epochs: dict[int, list[Window]] = {}
+        self._ends = [0]
+
+    def __len__(self) -> int:
+        training = self.recipe.training
+        return training.steps * training.batch_size * training.accumulate
+
+    def _epoch(self, number: int) -> list[Window]:
+        if number not in self._epochs:
+            self._epochs[number] = pack_windows(
+                self.utterances,
+                seed=self.recipe.training.seed,
+                epoch=number,
+                single_fraction=self.recipe.data.single,
+            )
+        return self._epochs[number]
+
+    def window(self, index: int) -> Window:
+        """The window with this number, counted over all epochs."""
+        while self._ends[-1] <= index:
+            self._ends.append(self._ends[-1] + len(self._epoch(len(self._ends) - 1)))
+        number = next(i for i, end in enumerate(self._ends[1:]) if index < end)
+        return self._epoch(number)[index - self._ends[number]]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, list[TimedText], bool]:
+        window = self.window(index)
+        texts = [
+            TimedText(start, start + utterance.duration, utterance.text or "")
+            for utterance, start in zip(window.utterances, window.starts, strict=True)
+        ]
+        draw = random.Random(f"timestamps/{self.recipe.training.seed}/{index}").random()
+        return torch.from_numpy(load_window(window)), texts, draw < self.recipe.data.timestamps
+
+
+def spec_augment(features: Tensor, generator: torch.Generator) -> Tensor:
+    """Silences two bands of frequency and five stretches of time (SpecAugment, arXiv 1904.08779).
+
+    Args:
+        features: float `[batch, mels, frames]`; not changed.
+        generator: on the CPU.
+
+    Returns:
+        A masked copy; masked places have the window's mean.
+    """
+    out = features.clone()
+    batch, mels, frames = features.shape
+    for row in range(batch):
+        fill = features[row].mean()
+        for axis, count, widest in ((0, 2, mels // 6), (1, 5, frames // 40)):
+            for _ in range(count):
+                width = int(torch.randint(0, widest + 1, (), generator=generator))
+                start = int(torch.randint(0, (mels, frames)[axis] - width + 1, (), generator=generator))
+                out[row].narrow(axis, start, width).copy_(fill)
+    return out
+
+
+def autocast_precision(choice: str, device: torch.device) -> str:
+    """Either "bf16" or "no", as Accelerate names it: bf16 only where the device computes fast in it."""
+    if choice != "auto":
+        return "bf16" if choice == "bf16" else "no"
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        # Without these instructions bf16 is emulated, and slower than float32.
+        checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        fast = any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+    else:
+        fast = False
+    return "bf16" if fast else "no"
+
+
+def make_optimizer(student: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW with a group for the weights and one for the learned scales."""
+    training = recipe.training
+    scales = [p for n, p in student.named_parameters() if n.endswith("log_scale")]
+    chosen = {id(p) for p in scales}
+    weights = [p for p in student.parameters() if p.requires_grad and id(p) not in chosen]
+    groups = [
+        {"params": weights, "peak": training.learning_rate, "weight_decay": training.weight_decay},
+        {"params": scales, "peak": training.scale_learning_rate, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=training.learning_rate, fused=True
+    )
+
+
+@contextmanager
+def _finish_step_on_signal() -> Iterator[Callable[[], bool]]:
+    """Turns Ctrl-C and SIGTERM into a flag that is asked after each step; a second one interrupts."""
+    asked = False
+
+    def handler(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    try:
+        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: whoever is there handles signals
+        before = {}
+    try:
+        yield lambda: asked
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def finetune(
+    student: nn.Module,
+    teacher: nn.Module,
+    adapter: WhisperAdapter,
+    utterances: Sequence[Utterance],
+    recipe: Recipe,
+    output: Path,
+    *,
+    dev_wer: Callable[[nn.Module], float] | None = None,
+    tell: Callable[[Progress], None] | None = None,
+) -> Outcome:
+    """Trains the student, resuming from `output/checkpoints` if a run was cut off there.
+
+    Args:
+        student: from `student.make_student`; trained in place, the best kept in `output/best`.
+        teacher: the dense model.
+        adapter: turns audio into features and texts into tokens.
+        utterances: with the target texts, none longer than 30 s.
+        recipe: see `recipe.TrainingRecipe`.
+        output: the run's directory; gets `checkpoints/`, `best/` and `train.jsonl`.
+        dev_wer: measures a student's WER (fraction) on a part of dev; without it the last is the best.
+        tell: called after every step on the main process.
+
+    Returns:
+        What happened.
+
+    Raises:
+        TrainingError: the loss became NaN or infinite (the last checkpoint is kept), or the
+            checkpoint there does not fit.
+        OutputError: a checkpoint could not be written.
+        KeyboardInterrupt: after Ctrl-C; the step was finished and saved first.
+    """
+    training = recipe.training
+    accelerator = Accelerator()
+    device = accelerator.device
+    # Set here, not in the constructor: whether bf16 pays depends on the device Accelerate found.
+    accelerator = Accelerator(mixed_precision=autocast_precision(training.precision, device))
+    student.to(device).train()
+    teacher.to(device).eval()
+    optimizer = make_optimizer(student, recipe)
+    masks = students.attach(student, optimizer)
+    folder, log = CheckpointFolder(output / "checkpoints"), output / "train.jsonl"
+    state: dict[str, Any] = {
+        "step": 0,
+        "seconds": 0.0,
+        "best_wer": None,
+        "best_step": 0,
+        "dev_wer": None,
+        "seed": training.seed,
+    }
+    state.update(folder.restore(student, optimizer) or {})
+    first = int(state["step"])
+    masks.steps = first
+    _cut_log(log, first)
+
+    weights = LossWeights(training.kl, training.ce, training.states, training.temperature)
+    distillation = accelerator.prepare(Distillation(student, teacher, weights))
+    dataset = TrainingWindows(utterances, recipe)
+    per_step = training.batch_size * training.accumulate * accelerator.num_processes
+    mine = [
+        step * per_step + accelerator.process_index * training.batch_size * training.accumulate + i
+        for step in range(first, training.steps)
+        for i in range(training.batch_size * training.accumulate)
+    ]
+    loader = DataLoader(
+        dataset,
+        batch_size=training.batch_size,
+        sampler=_Order(mine),
+        collate_fn=list,
+        # On an accelerator the host would keep it waiting; on a CPU a worker only competes for cores.
+        num_workers=0 if device.type == "cpu" else 4,
+    )
+    batches = iter(loader)
+
+    def evaluate_now(step: int) -> None:
+        if dev_wer is None or not accelerator.is_main_process:
+            return
+        student.eval()
+        wer = dev_wer(student)
+        student.train()
+        state["dev_wer"] = wer
+        if state["best_wer"] is None or wer <= state["best_wer"]:
+            state["best_wer"], state["best_step"] = wer, step
+            save_student(output / "best", student, None, {"step": step, "dev_wer": wer})
+
+    recent: list[float] = []
+    with _finish_step_on_signal() as stop_asked:
+        for step in range(first, training.steps):
+            started = time.perf_counter()
+            torch.manual_seed(hash((training.seed, step)) % 2**63)  # dropout, if the model has any
+            share = rate(step, training.steps, warmup=training.warmup, final=training.final_rate)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * share
+            masks.frozen = masks_frozen(step, training.steps, freeze=recipe.student.mask_freeze)
+            sums: dict[str, float] = {}
+            for part in range(training.accumulate):
+                batch = _to_device(next(batches), adapter, recipe, device, step, part)
+                with accelerator.autocast():
+                    losses = distillation(**batch)
+                accelerator.backward(losses["loss"] / training.accumulate)
+                for name, value in losses.items():
+                    sums[name] = sums.get(name, 0.0) + float(value.detach()) / training.accumulate
+            norm = float(accelerator.clip_grad_norm_(distillation.parameters(), training.clip or math.inf))
+            if not math.isfinite(sums["loss"]) or not math.isfinite(norm):
+                raise TrainingError(
+                    "the loss or its gradient is not finite",
+                    where=f"step {step + 1}",
+                    found=sums["loss"],
+                    remedy=f"The last checkpoint is {folder.newest() or 'none yet'}; lower "
+                    "training.learning_rate and start again in another output directory.",
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            done = step + 1
+            last = done == training.steps
+            if last:
+                # What is stored as float16 is rounded before it is judged, so that the judged one ships.
+                students.round_kept(student)
+            seconds = time.perf_counter() - started
+            state["step"], state["seconds"] = done, state["seconds"] + seconds
+            recent = [*recent[-19:], seconds]
+            if last or done % training.eval_every == 0:
+                evaluate_now(done)
+            stopping = _anywhere(stop_asked(), accelerator)
+            if accelerator.is_main_process:
+                _write_log(
+                    log, done, sums, optimizer.param_groups[0]["lr"], norm, masks.churn, seconds, state
+                )
+                if last or stopping or done % training.checkpoint_every == 0:
+                    folder.save(student, optimizer, state, done)
+                if tell is not None:
+                    mean = sum(recent) / len(recent)
+                    tell(Progress(done, training.steps, sums, state["dev_wer"], masks.churn, mean))
+            if stopping and not last:
+                raise KeyboardInterrupt
+    if accelerator.is_main_process and state["best_wer"] is None:
+        state["best_step"] = training.steps
+        save_student(output / "best", student, None, {"step": training.steps, "dev_wer": None})
+    accelerator.wait_for_everyone()
+    return Outcome(
+        training.steps,
+        int(state["best_step"]),
+        state["best_wer"],
+        float(state["seconds"]),
+        training.steps * per_step,
+    )
+
+
+def _anywhere(flag: bool, accelerator: Accelerator) -> bool:
+    """Whether the flag is set in any process."""
+    if accelerator.num_processes == 1:
+        return flag
+    total: Tensor = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum")
+    return bool(total > 0)
+
+
+class _Order(torch.utils.data.Sampler[int]):
+    """A given order of items."""
+
+    def __init__(self, items: Sequence[int]) -> None:
+        self.items = items
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+def _to_device(
+    rows: Sequence[tuple[Tensor, list[TimedText], bool]],
+    adapter: WhisperAdapter,
+    recipe: Recipe,
+    device: torch.device,
+    step: int,
+    part: int,
+) -> dict[str, Tensor]:
+    samples = torch.stack([row[0] for row in rows]).to(device)
+    clean = adapter.features(samples)
+    heard = clean
+    if recipe.training.spec_augment:
+        generator = torch.Generator().manual_seed((recipe.training.seed * 1_000_003 + step) * 64 + part)
+        heard = spec_augment(clean, generator)
+    ids, labels = adapter.targets(
+        [row[1] for row in rows], timestamps=[row[2] for row in rows], language=recipe.data.language
+    )
+    return {"heard": heard, "clean": clean, "decoder_input_ids": ids.to(device), "labels": labels.to(device)}
+
+
+def _cut_log(path: Path, steps: int) -> None:
+    """Forgets lines of steps after the checkpoint: they are about to be done again."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        write_bytes(path, "".join(whole[:steps]).encode())
+
+
+def _write_log(
+    path: Path,
+    step: int,
+    losses: Mapping[str, float],
+    lr: float,
+    norm: float,
+    churn: float,
+    seconds: float,
+    state: Mapping[str, Any],
+) -> None:
+    row = {"step": step, **losses, "lr": lr, "norm": norm, "churn": churn, "seconds": round(seconds, 3)}
+    if state["dev_wer"] is not None:
+        row["dev_wer"] = state["dev_wer"]
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({k: round(v, 6) for k, v in row.items()}) + "\n")
+    except OSError as error:
+        raise OutputError("cannot write the training log", where=path, found=error.strerror) from None

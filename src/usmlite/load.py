@@ -1,0 +1,109 @@
+"""Any model that usmlite can run, by its path or name: dense, student or packed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from usmlite.checkpoint import load_student
+from usmlite.errors import ModelError
+from usmlite.models import Teacher, load_teacher
+from usmlite.packed import load_packed
+from usmlite.recipe import Recipe, load_recipe
+from usmlite.runtime import Recognizer
+from usmlite.spec import matrix_shape
+from usmlite.student import StudentOptions, dense_equivalent, layer_specs, make_student
+
+RECIPE_FILE, PACKED_FOLDER, STUDENT_FILE = "recipe.toml", "packed", "student.safetensors"
+WEIGHTS_FILE = "model.safetensors"
+
+
+def load(source: str | Path, *, hold: Literal["float32", "int8", "packed"] = "float32") -> Recognizer:
+    """Loads a model for transcription and evaluation.
+
+    Args:
+        source: a packed model's directory; a run's directory (its packed model is taken); a student
+            that a run saved (`RUN/best`, `RUN/checkpoints/step-000200`); or anything `load_teacher` takes.
+        hold: how a packed model's weights are kept in memory: expanded to "float32" (fastest for now),
+            as "int8" codes, or "packed" as in the file (smallest).
+
+    Raises:
+        ModelError: unknown or unsupported source.
+        PackedModelError: a damaged packed model.
+        TrainingError: a damaged student.
+    """
+    path = Path(source)
+    if (path / RECIPE_FILE).is_file():
+        if not (path / PACKED_FOLDER).is_dir():
+            raise ModelError(
+                "this run has not packed a model yet",
+                where=path,
+                expected=path / PACKED_FOLDER,
+                remedy=f"Finish it with 'usmlite compress --recipe {path / RECIPE_FILE} --out {path}', "
+                f"or load its best student so far from {path / 'best'}.",
+            )
+        path = path / PACKED_FOLDER
+    if is_packed(path):
+        model, adapter = load_packed(path, hold=hold)
+        size = (path / WEIGHTS_FILE).stat().st_size
+        return Recognizer(model, adapter, name=str(source), kind="packed", weights_bytes=size)
+    if (path / STUDENT_FILE).is_file():
+        return _load_student(path)
+    return dense_recognizer(load_teacher(source))
+
+
+def dense_recognizer(teacher: Teacher) -> Recognizer:
+    """The teacher as something that transcribes."""
+    return Recognizer(
+        teacher.model, teacher.adapter, name=teacher.source, kind="dense", weights_bytes=teacher.float32_bytes
+    )
+
+
+def is_packed(path: Path) -> bool:
+    """Whether the directory says that it holds a packed model of ours (damaged ones included)."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        return bool(config["quantization_config"]["quant_method"] == "usmlite")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def student_options(recipe: Recipe) -> StudentOptions:
+    """How the recipe wants scales and masks to behave."""
+    wanted = recipe.student
+    return StudentOptions(wanted.scales, wanted.masks, wanted.mask_every, wanted.mask_decay)  # type: ignore[arg-type]
+
+
+def _load_student(path: Path) -> Recognizer:
+    run = next((folder for folder in path.resolve().parents if (folder / RECIPE_FILE).is_file()), None)
+    if run is None:
+        raise ModelError(
+            "a student without its run",
+            where=path,
+            expected=f"{RECIPE_FILE} in a folder above it",
+            remedy="Keep a run's directory together.",
+        )
+    recipe = load_recipe(run / RECIPE_FILE)
+    teacher = load_teacher(recipe.model.source)
+    adapter = teacher.adapter
+    student = make_student(
+        teacher.model,
+        adapter.compressible(teacher.model),
+        recipe.spec.build(),
+        student_options(recipe),
+        computed=adapter.computed(teacher.model),
+        start=False,
+    )
+    load_student(path, student)
+    specs = layer_specs(student)
+    computed = adapter.computed(teacher.model)
+    size = 0
+    for name, parameter in teacher.model.named_parameters():
+        module = name.removesuffix(".weight")
+        if module in specs:
+            size += specs[module].bytes(*matrix_shape(parameter.shape))
+        elif name not in computed:
+            size += 2 * parameter.numel()
+    dense = dense_equivalent(student, teacher.model)
+    return Recognizer(dense, adapter, name=str(path), kind="student", weights_bytes=size)

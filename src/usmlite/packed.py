@@ -1,0 +1,289 @@
+"""A packed model in memory: the Transformers model whose covered layers compute from stored weights.
+
+`load_packed` checks the directory and builds the model. How the weights are held is a choice between
+speed and memory: as float32 (ordinary layers), as one small integer each, or packed as in the file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, Literal, NoReturn, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, WhisperConfig, WhisperForConditionalGeneration
+
+from usmlite import kernels, packfile
+from usmlite.errors import OutputError, PackedModelError
+from usmlite.models import WhisperAdapter
+from usmlite.packfile import CONFIG_NAME, WEIGHTS_NAME, Manifest, WeightsFile
+
+Hold = Literal["float32", "int8", "packed"]
+HOLDS: tuple[Hold, ...] = get_args(Hold)
+
+
+class StoredWeight(nn.Module):
+    """One weight's stored tensors, as buffers whose names extend the weight's own.
+
+    They move between devices with the model; `half()` and the like leave their dtypes alone.
+
+    Args:
+        weight: packed or expanded.
+        shape: the weight's own shape.
+    """
+
+    def __init__(self, weight: kernels.PackedWeight | kernels.ExpandedWeight, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape = shape
+        self._kind = type(weight)
+        self._names: dict[str, str] = {}
+        self._plain: dict[str, Any] = {}
+        for field in fields(weight):
+            value = getattr(weight, field.name)
+            if not isinstance(value, Tensor):
+                self._plain[field.name] = value
+                continue
+            self._names[field.name] = (
+                "values" if value.is_floating_point() and field.name == "codes" else field.name
+            )
+            self.register_buffer(self._names[field.name], value)
+
+    @property
+    def value(self) -> kernels.PackedWeight | kernels.ExpandedWeight:
+        """What the kernels compute with, on the device where the buffers are now."""
+        tensors = {field: self._buffers[name] for field, name in self._names.items()}
+        return self._kind(**cast(dict[str, Any], {**self._plain, **tensors}))
+
+    def unpack(self) -> Tensor:
+        """The weight in full, float32, in its own shape."""
+        return packfile.to_weight(kernels.unpack(self.value), self.shape)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredWeight:
+        # Codes are bytes and scales are exact in float16: only the device may change.
+        super()._apply(lambda buffer: buffer.to(fn(buffer).device), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def extra_repr(self) -> str:
+        """Shown in the model's printout."""
+        return ", ".join(f"{name}: {str(b.dtype)[6:]} {list(b.shape)}" for name, b in self.named_buffers())
+
+
+class PackedLinear(nn.Module):
+    """A linear layer that multiplies by its stored weight.
+
+    Args:
+        layer: the layer it replaces; its bias is kept.
+        weight: the stored weight.
+        borrowed: the weight belongs to another layer (the tied token embedding).
+    """
+
+    def __init__(self, layer: nn.Linear, weight: StoredWeight, *, borrowed: bool = False) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        if borrowed:
+            self.__dict__["weight"] = weight
+        else:
+            self.weight = weight
+        self.bias = layer.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[..., in]` to `[..., out]`."""
+        return kernels.linear(input, self.weight.value, self.bias)
+
+
+class PackedConv1d(nn.Module):
+    """A 1-D convolution with a stored weight."""
+
+    def __init__(self, layer: nn.Conv1d, weight: StoredWeight) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, layer.bias
+        self.stride, self.padding = layer.stride, layer.padding
+        self.dilation, self.groups = layer.dilation, layer.groups
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[batch, in, frames]` to `[batch, out, frames']`."""
+        weight = self.weight.unpack().to(input.dtype)
+        return nn.functional.conv1d(
+            input, weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
+
+
+class PackedEmbedding(nn.Module):
+    """A token embedding that unpacks only the rows asked for."""
+
+    def __init__(self, layer: nn.Embedding, weight: StoredWeight) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = layer.num_embeddings, layer.embedding_dim
+        self.padding_idx = layer.padding_idx
+        self.weight = weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Token ids `[...]` to float32 `[..., dimension]`."""
+        return kernels.embedding(input, self.weight.value)
+
+
+class PackedPositions(nn.Module):
+    """A learned position table with the call signature of Transformers' Whisper decoder."""
+
+    def __init__(self, layer: nn.Embedding, weight: StoredWeight) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = layer.num_embeddings, layer.embedding_dim
+        self.weight = weight
+
+    def forward(
+        self, input: Tensor, past_key_values_length: int = 0, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Positions of token ids `[batch, tokens]`, float32 `[(batch,) tokens, dimension]`."""
+        if position_ids is None:
+            stop = min(past_key_values_length + input.shape[1], self.num_embeddings)
+            position_ids = torch.arange(past_key_values_length, stop, device=input.device)
+        return kernels.embedding(position_ids, self.weight.value)
+
+
+def load_packed(
+    directory: str | os.PathLike[str], *, hold: Hold = "float32"
+) -> tuple[PreTrainedModel, WhisperAdapter]:
+    """Loads a packed model.
+
+    Args:
+        directory: what `pack` wrote.
+        hold: how the weights are kept in memory: "float32" expands them once and is the fastest;
+            "int8" keeps one byte per weight and multiplies by the scale in every call; "packed" keeps
+            the bytes of the file and unpacks in every call.
+
+    Returns:
+        The Transformers model in eval mode, no parameter requiring a gradient, and its adapter.
+
+    Raises:
+        PackedModelError: the directory is damaged, altered, not ours or from a newer usmlite.
+        ModelError: its tokenizer is missing or damaged.
+        ValueError: there is no such `hold`.
+    """
+    if hold not in HOLDS:
+        raise ValueError(f"hold must be one of {', '.join(HOLDS)}, got {hold!r}")
+    folder = Path(directory)
+    config_path = folder / CONFIG_NAME
+    values = packfile.read_config(folder)
+    manifest = Manifest.from_dict(values.pop("quantization_config", None), where=str(config_path))
+    weights = WeightsFile(packfile.member(folder, WEIGHTS_NAME))
+    model = _skeleton(values, len(weights.entries), config_path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
+    weights.check_tensors(manifest.tensors(shapes, where=str(config_path)))
+    weights.check_digest(manifest.digest)
+    _fill(model, manifest, weights, hold)
+    for name in packfile.PROCESSOR_FILES:
+        if os.path.lexists(folder / name):
+            packfile.member(folder, name)
+    adapter = WhisperAdapter.from_directory(folder, model.config)
+    model.generation_config = adapter.generation
+    if hold != "float32":
+        # Written by Transformers, the stored weights would not be a model that anybody can load.
+        model.__dict__["save_pretrained"] = _refuse_saving
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model, adapter
+
+
+def _refuse_saving(save_directory: object, *args: object, **kwargs: object) -> NoReturn:
+    raise OutputError(
+        "a packed model in memory is not saved again", where=str(save_directory),
+        remedy="Copy the directory it was loaded from.",
+    )  # fmt: skip
+
+
+def _skeleton(values: dict[str, Any], tensors: int, path: Path) -> WhisperForConditionalGeneration:
+    """The model that the config describes, without memory for its weights."""
+
+    def wrong(expected: object, found: object) -> PackedModelError:
+        return PackedModelError(
+            "does not describe a model that can be loaded", where=path, expected=expected, found=found,
+            remedy="Copy or download the packed model again.",
+        )  # fmt: skip
+
+    if values.get("model_type") != "whisper":
+        raise wrong("model_type 'whisper'", repr(values.get("model_type")))
+    for name in ("encoder_layers", "decoder_layers"):
+        layers = values.get(name, 0)
+        # Every layer has tensors of its own; more layers than tensors would only cost time.
+        if not isinstance(layers, int) or not 0 <= layers <= tensors:
+            raise wrong(f"{name} of at most {tensors}", repr(layers))
+    try:
+        config = WhisperConfig.from_dict(values)
+        with torch.device("meta"):
+            model = WhisperForConditionalGeneration(config)
+    except Exception as error:  # a config that is not to be trusted can fail anywhere
+        raise wrong("the config of a Whisper model", f"{type(error).__name__}: {error}"[:300]) from error
+    cast(Any, model).eval()
+    return model
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name; tied ones once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, manifest: Manifest, weights: WeightsFile, hold: Hold) -> None:
+    tied: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(name)
+    with weights.open() as read:
+        for name, empty in _tensors(model).items():
+            module = name.removesuffix(".weight")
+            names = tied.get(id(empty), [name])
+            if module in manifest.layers:
+                layer = manifest.layers[module]
+                weight = weights.weight(module, layer, read)
+                if hold == "float32":
+                    dense = packfile.to_weight(kernels.unpack(weight), layer.shape)
+                    _set(model, names, nn.Parameter(dense, requires_grad=False))
+                else:
+                    form = _copied(weight) if hold == "packed" else kernels.expand(weight)
+                    _replace_layers(model, names, StoredWeight(form, layer.shape))
+            elif name in manifest.computed:
+                table = packfile.compute(manifest.computed[name], tuple(empty.shape))
+                _set(model, names, nn.Parameter(table, requires_grad=False))
+            else:
+                value = read(name)
+                packfile.check_finite(value, f"{weights.path}: {name}")
+                value = value.to(empty.dtype, copy=True)
+                is_parameter = isinstance(empty, nn.Parameter)
+                _set(model, names, nn.Parameter(value, requires_grad=False) if is_parameter else value)
+
+
+def _copied(weight: kernels.PackedWeight) -> kernels.PackedWeight:
+    """Out of the mapped file, so that what happens to the file later cannot matter."""
+    tensors = {name: getattr(weight, name) for name in ("codes", "scale", "zero", "pattern")}
+    copies: dict[str, Any] = {
+        name: None if value is None else value.clone() for name, value in tensors.items()
+    }
+    return replace(weight, **copies)
+
+
+def _set(model: nn.Module, names: list[str], value: Tensor) -> None:
+    for name in names:
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, value)
+
+
+def _replace_layers(model: nn.Module, names: list[str], weight: StoredWeight) -> None:
+    """Replaces the layer that owns the weight, and those that are tied to it."""
+    for index, name in enumerate(names):
+        module = name.removesuffix(".weight")
+        layer = model.get_submodule(module)
+        if isinstance(layer, nn.Linear):
+            new: nn.Module = PackedLinear(layer, weight, borrowed=index > 0)
+        elif isinstance(layer, nn.Conv1d):
+            new = PackedConv1d(layer, weight)
+        elif type(layer) is nn.Embedding:
+            new = PackedEmbedding(layer, weight)
+        elif isinstance(layer, nn.Embedding):
+            new = PackedPositions(layer, weight)
+        else:
+            raise PackedModelError(
+                f"a {type(layer).__name__} cannot be packed", where=module, remedy="Hold it as float32."
+            )
+        model.set_submodule(module, new)

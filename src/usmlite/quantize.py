@@ -1,0 +1,243 @@
+"""Scales, codes and the fake-quantized weight with its straight-through gradient.
+
+All functions work on matrices `[rows, columns]` (see `spec`). Scales and zero points are
+`[rows, groups]`; `group` input columns share one, None means one group per row.
+
+Scales are rounded to float16 before they are used, because that is how they are stored: what the
+student computes with is what ships, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from usmlite.spec import Int
+
+# Outside this range a float16 scale loses precision or overflows.
+MIN_SCALE = 2.0**-14
+MAX_SCALE = 65504.0
+# Rows are handled in blocks of about this many elements, so that a block's temporaries stay in cache.
+_BLOCK_ELEMENTS = 1 << 17
+
+
+def spread(per_group: Tensor, columns: int, group: int | None) -> Tensor:
+    """Per-group values `[rows, groups]` to a tensor that broadcasts against `[rows, columns]`."""
+    if group is None or per_group.shape[1] == 1:
+        return per_group
+    return per_group.repeat_interleave(group, dim=1)[:, :columns]
+
+
+def _grouped(matrix: Tensor, group: int | None, fill: float) -> Tensor:
+    """`[rows, columns]` to `[rows, groups, group]`, the last group padded with `fill`."""
+    rows, columns = matrix.shape
+    size = columns if group is None else group
+    padding = -columns % max(size, 1)
+    if padding:
+        matrix = torch.nn.functional.pad(matrix, (0, padding), value=fill)
+    return matrix.reshape(rows, -1, size)
+
+
+def round_scale(scale: Tensor) -> Tensor:
+    """The float32 value of the scale as float16 stores it, kept in float16's normal range."""
+    return scale.clamp(MIN_SCALE, MAX_SCALE).half().float()
+
+
+def min_max(weight: Tensor, quant: Int, group: int | None) -> tuple[Tensor, Tensor | None]:
+    """Scales that just cover the largest weights.
+
+    Args:
+        weight: float32 `[rows, columns]`, already pruned.
+        quant: the codes.
+        group: inputs per scale, or None for one scale a row.
+
+    Returns:
+        scale: float32 `[rows, groups]`, rounded as float16.
+        zero: integer-valued float32 `[rows, groups]` if asymmetric, else None.
+    """
+    if quant.symmetric:
+        peak = _grouped(weight, group, 0.0).abs().amax(dim=-1)
+        # The integer grid reaches one step further below zero than above: cover the lesser side.
+        reach = quant.zero if quant.grid == "midrise" else quant.max_code - quant.zero
+        return round_scale(peak / reach), None
+    grouped = _grouped(weight, group, 0.0)
+    # Zero must be a level: pruned weights and padding are zeros.
+    low, high = grouped.amin(dim=-1).clamp(max=0.0), grouped.amax(dim=-1).clamp(min=0.0)
+    scale = round_scale((high - low) / quant.max_code)
+    zero = (-low / scale).round().clamp(0, quant.max_code)
+    return scale, zero
+
+
+def min_error(
+    weight: Tensor,
+    mask: Tensor | None,
+    quant: Int,
+    group: int | None,
+    *,
+    importance: Tensor | None = None,
+    candidates: int = 24,
+    smallest: float = 0.35,
+) -> tuple[Tensor, Tensor | None]:
+    """Scales that minimise the squared rounding error of the kept weights.
+
+    Tries `candidates` fractions of the min-max scale and keeps the best for every group.
+
+    Args:
+        weight: float32 `[rows, columns]`, already pruned.
+        mask: bool `[rows, columns]`, True where kept; None if dense.
+        quant: the codes.
+        group: inputs per scale, or None.
+        importance: float32 `[columns]`, weights of the squared errors (such as the mean square of
+            each input), or None for equal weights.
+        candidates: how many fractions are tried.
+        smallest: the smallest fraction.
+
+    Returns:
+        As `min_max`.
+    """
+    full, zero = min_max(weight, quant, group)
+    best, best_error = full, torch.full_like(full, float("inf"))
+    best_zero = zero
+    low = min(smallest, 1.0 / quant.max_code)
+    for fraction in torch.linspace(low if quant.bits < 3 else smallest, 1.0, candidates).tolist():
+        scale = round_scale(full * fraction)
+        if quant.symmetric:
+            tried_zero = None
+        else:
+            assert zero is not None
+            tried_zero = zero
+        error = (fake_quantize(weight, mask, scale, tried_zero, quant, group) - weight).square_()
+        if importance is not None:
+            error *= importance
+        total = _grouped(error, group, 0.0).sum(dim=-1)
+        better = total < best_error
+        best = torch.where(better, scale, best)
+        best_error = torch.where(better, total, best_error)
+    return best, best_zero
+
+
+def quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, quant: Int, group: int | None) -> Tensor:
+    """Weights to codes: round(weight / scale + zero), clamped to 0 .. 2^bits - 1.
+
+    Args:
+        weight: float32 `[rows, columns]`.
+        scale: float32 `[rows, groups]`, rounded as float16.
+        zero: as `min_max` gives it.
+        quant: the codes.
+        group: inputs per scale, or None.
+
+    Returns:
+        uint8 `[rows, columns]`.
+    """
+    columns = weight.shape[1]
+    offset = quant.zero if zero is None else spread(zero, columns, group)
+    codes = (weight / spread(scale, columns, group)).add_(offset).round_().clamp_(0, quant.max_code)
+    return codes.to(torch.uint8)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, quant: Int, group: int | None) -> Tensor:
+    """Codes to weights: (code - zero) * scale, in float32. The inverse side of `quantize`."""
+    columns = codes.shape[1]
+    offset = quant.zero if zero is None else spread(zero.float(), columns, group)
+    return (codes.float() - offset) * spread(scale.float(), columns, group)
+
+
+def fake_quantize(
+    weight: Tensor,
+    mask: Tensor | None,
+    scale: Tensor,
+    zero: Tensor | None,
+    quant: Int,
+    group: int | None,
+) -> Tensor:
+    """The weight that the codes stand for, pruned weights exactly zero. No gradient."""
+    out = dequantize(quantize(weight, scale, zero, quant, group), scale, zero, quant, group)
+    # Selected, not multiplied: a product would make negative zeros.
+    return out if mask is None else torch.where(mask, out, torch.zeros_like(out))
+
+
+class FakeQuantize(torch.autograd.Function):
+    """`fake_quantize` with gradients to the master weight and, if learned, to the log of the scale.
+
+    The weight's gradient passes straight through, also to pruned weights (a mask can only move if
+    they learn), and stops where a kept weight is clipped, because moving it changes nothing. The
+    scale's gradient is that of learned step size quantization (LSQ, arXiv 1902.08153), times the
+    scale, because the parameter is the scale's logarithm: Adam's steps are then relative.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        log_scale: Tensor | None,
+        scale: Tensor | None,
+        mask: Tensor | None,
+        zero: Tensor | None,
+        quant: Int,
+        group: int | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Returns the fake-quantized `[rows, columns]` in `dtype`; give `log_scale` or `scale`."""
+        if log_scale is not None:
+            scale = round_scale(log_scale.exp())
+        assert scale is not None
+        rows, columns = weight.shape
+        out = torch.empty(rows, columns, dtype=dtype, device=weight.device)
+        for low, high in _blocks(rows, columns, weight.device):
+            block_zero = None if zero is None else zero[low:high]
+            block_scale = spread(scale[low:high], columns, group)
+            offset = quant.zero if block_zero is None else spread(block_zero, columns, group)
+            values = (weight[low:high] / block_scale).add_(offset).round_().clamp_(0, quant.max_code)
+            values.sub_(offset).mul_(block_scale)
+            if mask is not None:
+                values.masked_fill_(~mask[low:high], 0.0)
+            out[low:high] = values
+        ctx.save_for_backward(weight, scale, mask, zero)
+        ctx.quant, ctx.group, ctx.learned = quant, group, log_scale is not None
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients to the weight and the log scale."""
+        (grad,) = grads
+        weight, scale, mask, zero = ctx.saved_tensors
+        quant: Int = ctx.quant
+        rows, columns = weight.shape
+        grad_weight = torch.empty_like(weight)
+        grad_scale = torch.empty_like(scale) if ctx.learned else None
+        for low, high in _blocks(rows, columns, weight.device):
+            block = grad_weight[low:high]
+            block.copy_(grad[low:high])
+            block_scale = spread(scale[low:high], columns, ctx.group)
+            offset = quant.zero if zero is None else spread(zero[low:high], columns, ctx.group)
+            position = (weight[low:high] / block_scale).add_(offset)
+            code = position.round()
+            clipped = (code < 0) | (code > quant.max_code)
+            if grad_scale is not None:
+                code.clamp_(0, quant.max_code)
+                # d(value)/d(scale): the level where clipped, level minus position where not.
+                slope = torch.where(clipped, code - offset, code.sub_(position))
+                slope.mul_(block)
+                if mask is not None:
+                    slope.masked_fill_(~mask[low:high], 0.0)
+                total = _grouped(slope, ctx.group, 0.0).sum(dim=-1)
+                grad_scale[low:high] = total
+            if mask is not None:
+                clipped &= mask[low:high]
+            block.masked_fill_(clipped, 0.0)
+        if grad_scale is not None:
+            kept = columns if mask is None else max(1, int(mask[0].sum()))
+            per_group = kept if ctx.group is None else max(1, kept * ctx.group // columns)
+            grad_scale.mul_(scale).mul_(1.0 / math.sqrt(per_group * quant.max_code))
+        return grad_weight, grad_scale, None, None, None, None, None, None
+
+
+def _blocks(rows: int, columns: int, device: torch.device) -> list[tuple[int, int]]:
+    """Row ranges: small enough for the cache on a CPU, everything at once on an accelerator."""
+    if device.type != "cpu":
+        return [(0, rows)] if rows else []
+    step = max(1, _BLOCK_ELEMENTS // max(columns, 1))
+    return [(low, min(low + step, rows)) for low in range(0, rows, step)]

@@ -1,0 +1,370 @@
+"""Recipe: one file (TOML) that says everything about one run. Plain data, no torch.
+
+Every key is also a flag of `usmlite compress`; both are made from the dataclasses below, so they
+cannot drift apart. A flag overrides the file; `write_recipe` saves what a run really used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from usmlite.errors import RecipeError
+from usmlite.spec import CompressionSpec, Rule
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FLOAT = "float"
+
+
+def _key(default: Any, text: str, *, flag: str | None = None, choices: tuple[str, ...] = ()) -> Any:
+    """A recipe key: its default, its help text, its flag if that differs from the key."""
+    metadata = {"help": text, "flag": flag, "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """[model]: where to start."""
+
+    source: str = _key("tiny.en", "a name (tiny.en, base), a model directory, or a hub id", flag="model")
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """[data]: speech to train on, choose on and report on."""
+
+    train: str | None = _key(
+        None,
+        "speech to fine-tune on: a manifest.jsonl, a LibriSpeech directory or a folder of audio",
+        flag="data",
+    )
+    dev: str | None = _key(
+        None, "speech with text for choosing the best checkpoint; without it the last is kept"
+    )
+    test: str | None = _key(None, "speech with text for the final table; dev is used if this is left out")
+    targets: str = _key(
+        "teacher",
+        "what the student is trained to say: the teacher's own transcripts or the corpus text",
+        choices=("teacher", "text"),
+    )
+    transcripts: str | None = _key(
+        None,
+        "JSONL file that keeps the teacher's transcripts, to share between runs (default: in the output)",
+    )
+    language: str = _key("en", "language of the speech, for multilingual models")
+    max_wer: float = _key(
+        0.5,
+        "leave out utterances whose teacher transcript differs from the corpus text by more than this WER",
+    )
+    timestamps: float = _key(0.1, "share of the training windows that are written with timestamps")
+    single: float = _key(0.15, "share of the training windows with one short utterance and then silence")
+
+
+@dataclass(frozen=True)
+class SpecRecipe:
+    """[spec]: what each weight becomes."""
+
+    bits: int | str = _key(4, "bits per weight, 1 to 8, or 'float'")
+    sparsity: str = _key("2:4", "N:M along the input axis (2:4 keeps 2 of every 4), or 'dense'")
+    group: int = _key(0, "inputs that share a scale; 0 for one scale per output channel")
+    symmetric: bool = _key(True, "symmetric codes; otherwise each group stores a zero point")
+    grid: str = _key(
+        "integer",
+        "levels: 'integer' has a zero, 'midrise' lies around zero (good at 1 and 2 bits)",
+        choices=("integer", "midrise"),
+    )
+    rules: tuple[dict[str, Any], ...] = ()
+
+    def build(self) -> CompressionSpec:
+        """The compression spec: `rules` first, then the one-line settings.
+
+        Raises:
+            SpecError: an impossible setting.
+            RecipeError: bits is neither a number nor 'float'.
+        """
+        if isinstance(self.bits, str) and self.bits != FLOAT:
+            raise RecipeError(
+                "unknown number of bits", where="spec.bits", expected="1 to 8, or 'float'", found=self.bits
+            )
+        first = [Rule.from_dict(rule, where=f"spec.rules[{i}]") for i, rule in enumerate(self.rules)]
+        return CompressionSpec.simple(
+            None if isinstance(self.bits, str) else self.bits,
+            self.sparsity,
+            self.group or None,
+            symmetric=self.symmetric,
+            grid=typing.cast("Any", self.grid),
+            first=first,
+        )
+
+
+@dataclass(frozen=True)
+class StudentRecipe:
+    """[student]: how the student starts and how its masks and scales behave."""
+
+    start: str = _key(
+        "hessian",
+        "starting point: magnitude, activation (Wanda) or hessian (SparseGPT with GPTQ rounding)",
+        choices=("magnitude", "activation", "hessian"),
+    )
+    calibration: int = _key(
+        24, "30-second windows of training speech that the starting point is computed from"
+    )
+    scales: str = _key(
+        "learned",
+        "scales: min-max, min-error (searched clip) or learned (LSQ)",
+        choices=("min-max", "min-error", "learned"),
+    )
+    masks: str = _key(
+        "sr-ste",
+        "masks: fixed, periodic, or sr-ste (periodic, and pruned weights decay)",
+        choices=("fixed", "periodic", "sr-ste"),
+    )
+    mask_every: int = _key(5, "optimizer steps between mask updates")
+    mask_decay: float = _key(2.0, "decay of pruned weights per unit of learning rate (sr-ste)")
+    mask_freeze: float = _key(0.7, "masks stop moving after this share of the steps")
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """[training]: the fine-tuning."""
+
+    steps: int = _key(1000, "optimizer steps; 0 compresses without fine-tuning")
+    batch_size: int = _key(4, "30-second windows per step and process")
+    accumulate: int = _key(1, "batches whose gradients are added up for one step")
+    learning_rate: float = _key(3e-4, "peak learning rate of the weights")
+    scale_learning_rate: float = _key(1e-3, "peak learning rate of the learned scales' logarithms")
+    warmup: float = _key(0.05, "share of the steps in which the learning rate rises")
+    final_rate: float = _key(0.02, "the learning rate at the end, as a share of the peak (cosine decay)")
+    weight_decay: float = _key(0.0, "AdamW's decoupled weight decay")
+    clip: float = _key(1.0, "gradients are clipped to this norm")
+    kl: float = _key(1.0, "weight of the KL divergence from the teacher's token distribution")
+    ce: float = _key(0.2, "weight of the cross-entropy on the target text")
+    states: float = _key(1.0, "weight of the match of encoder states")
+    temperature: float = _key(1.0, "temperature of the KL term")
+    spec_augment: bool = _key(
+        False, "mask bands of time and frequency in what the student hears (SpecAugment)"
+    )
+    precision: str = _key(
+        "auto",
+        "auto (bf16 autocast where the device is fast at it), bf16 or float32",
+        choices=("auto", "bf16", "float32"),
+    )
+    seed: int = _key(0, "seed of everything random")
+    eval_every: int = _key(200, "steps between WER measurements on a part of dev")
+    eval_utterances: int = _key(48, "size of that part of dev")
+    checkpoint_every: int = _key(50, "steps between checkpoints")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything about one run of `usmlite compress`."""
+
+    model: ModelRecipe = ModelRecipe()
+    data: DataRecipe = DataRecipe()
+    spec: SpecRecipe = SpecRecipe()
+    student: StudentRecipe = StudentRecipe()
+    training: TrainingRecipe = TrainingRecipe()
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of the recipe, as the command line needs it."""
+
+    section: str
+    name: str
+    kind: type
+    optional: bool
+    default: Any
+    help: str
+    flag: str
+    choices: tuple[str, ...]
+
+
+def keys() -> Iterator[Key]:
+    """Every scalar key of the recipe, in order (the list `spec.rules` exists in the file only)."""
+    for section in dataclasses.fields(Recipe):
+        for item, kind, optional in _fields(section.name):
+            if not item.metadata:
+                continue
+            yield Key(
+                section.name,
+                item.name,
+                kind,
+                optional,
+                item.default,
+                item.metadata["help"],
+                item.metadata["flag"] or item.name.replace("_", "-"),
+                item.metadata["choices"],
+            )
+
+
+def _section_class(name: str) -> type:
+    return typing.cast(type, typing.get_type_hints(Recipe)[name])
+
+
+def _fields(section: str) -> Iterator[tuple[dataclasses.Field[Any], type, bool]]:
+    """Fields of a section with their plain type; a union is read as its first member."""
+    cls = _section_class(section)
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        hint = hints[item.name]
+        members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        kind = next(member for member in members if member is not type(None))
+        yield item, kind, type(None) in members
+
+
+def _nearest(wrong: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
+    return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(known)}."
+
+
+def _checked(
+    section: str, item: dataclasses.Field[Any], kind: type, optional: bool, value: Any, where: str
+) -> Any:
+    place = f"{where}: {section}.{item.name}"
+    if value is None and optional:
+        return None
+    if item.name == "bits" and value == FLOAT:
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list) or not all(isinstance(rule, Mapping) for rule in value):
+            raise RecipeError(
+                "unreadable rules", where=place, expected="[[spec.rules]] tables", found=repr(value)
+            )
+        return tuple(dict(rule) for rule in value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise RecipeError("wrong type", where=place, expected=kind.__name__, found=repr(value))
+    choices = item.metadata.get("choices", ())
+    if choices and value not in choices:
+        raise RecipeError(
+            "unknown choice",
+            where=place,
+            expected=", ".join(choices),
+            found=repr(value),
+            remedy=_nearest(str(value), list(choices)),
+        )
+    return value
+
+
+# Numbers below these make no sense; above, for shares, neither.
+_LOWEST = {
+    "training.steps": 0,
+    "training.batch_size": 1,
+    "training.accumulate": 1,
+    "training.learning_rate": 0.0,
+    "training.clip": 0.0,
+    "training.temperature": 1e-3,
+    "training.eval_every": 1,
+    "training.seed": 0,
+    "training.eval_utterances": 1,
+    "training.checkpoint_every": 1,
+    "student.calibration": 1,
+    "student.mask_every": 1,
+    "spec.group": 0,
+    "training.kl": 0.0,
+    "training.ce": 0.0,
+    "training.states": 0.0,
+    "training.weight_decay": 0.0,
+    "training.scale_learning_rate": 0.0,
+    "student.mask_decay": 0.0,
+    "data.max_wer": 0.0,
+}
+_SHARES = {"data.timestamps", "data.single", "student.mask_freeze", "training.warmup", "training.final_rate"}
+
+
+def build_recipe(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
+    """A recipe from nested tables.
+
+    Args:
+        values: `{section: {key: value}}`.
+        where: the file or command the values come from, for messages.
+
+    Raises:
+        RecipeError: an unknown section or key (the nearest known one is suggested), a value of the
+            wrong type or out of range.
+        SpecError: a spec that cannot be carried out.
+    """
+    sections = [item.name for item in dataclasses.fields(Recipe)]
+    built: dict[str, Any] = {}
+    for section, table in values.items():
+        if section not in sections:
+            raise RecipeError(
+                "unknown section", where=f"{where}: [{section}]", remedy=_nearest(section, sections)
+            )
+        if not isinstance(table, Mapping):
+            raise RecipeError(
+                "not a table", where=f"{where}: {section}", expected=f"[{section}]", found=repr(table)
+            )
+        known = {item.name: (item, kind, optional) for item, kind, optional in _fields(section)}
+        checked = {}
+        for key, value in table.items():
+            if key not in known:
+                raise RecipeError(
+                    "unknown key", where=f"{where}: {section}.{key}", remedy=_nearest(key, list(known))
+                )
+            checked[key] = _checked(section, *known[key], value, where)
+            place = f"{section}.{key}"
+            low = 0.0 if place in _SHARES else _LOWEST.get(place)
+            high = 1.0 if place in _SHARES else None
+            too_low = low is not None and not checked[key] >= low
+            if too_low or (high is not None and checked[key] > high):
+                bound = f"at least {low:g}" if high is None else "a share from 0 to 1"
+                raise RecipeError(
+                    "out of range", where=f"{where}: {place}", expected=bound, found=checked[key]
+                )
+        built[section] = _section_class(section)(**checked)
+    recipe = Recipe(**built)
+    recipe.spec.build()
+    return recipe
+
+
+def load_recipe(path: str | Path, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> Recipe:
+    """Reads a TOML recipe; `overrides` (the command line's flags) win over the file.
+
+    Raises:
+        RecipeError: the file is missing or not TOML, or as `build_recipe`.
+    """
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError("cannot read the recipe", where=path, found=error.strerror) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError("not a TOML file", where=path, found=str(error)) from None
+    merged = dict(values)
+    for section, table in (overrides or {}).items():
+        base = merged.get(section, {})
+        merged[section] = {**(base if isinstance(base, Mapping) else {}), **table}
+    return build_recipe(merged, where=str(path))
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Nested tables without None, as TOML and JSON hold them."""
+    out: dict[str, dict[str, Any]] = {}
+    for section in dataclasses.fields(Recipe):
+        table = dataclasses.asdict(getattr(recipe, section.name))
+        out[section.name] = {
+            key: [dict(rule) for rule in value] if isinstance(value, tuple) else value
+            for key, value in table.items()
+            if value is not None and value != ()
+        }
+    return out
+
+
+def recipe_to_toml(recipe: Recipe) -> str:
+    """The recipe as a TOML file's text."""
+    import tomli_w
+
+    return tomli_w.dumps(recipe_to_dict(recipe))

@@ -1,0 +1,26 @@
+"""When rates and masks change during a run. Plain functions of the step."""
+
+from __future__ import annotations
+
+import math
+
+
+def rate(step: int, total: int, *, warmup: float, final: float) -> float:
+    """The learning rate at a step as a share of its peak: linear warm-up, then cosine decay.
+
+    Args:
+        step: steps already taken, 0 .. total.
+        total: steps of the run.
+        warmup: share of the steps in which the rate rises.
+        final: the share of the peak at the end.
+    """
+    rising = max(1, round(warmup * total))
+    if step < rising:
+        return (step + 1) / rising
+    progress = min(1.0, (step - rising) / max(1, total - rising))
+    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def masks_frozen(step: int, total: int, *, freeze: float) -> bool:
+    """Whether masks have stopped moving: after `freeze` of the run."""
+    return step >= freeze * total

@@ -1,0 +1,540 @@
+"""The student: the teacher's own Transformers model, with layers that prune and quantize as they run.
+
+`make_student` swaps the covered layers for subclasses of `nn.Linear`, `nn.Conv1d` and `nn.Embedding`
+whose forward pass uses the pruned, then quantized weight. Parameter names stay those of the teacher,
+so any loop (`finetune`, a user's own, the Transformers `Trainer`) trains it like any other model.
+
+Masks and their decay follow the optimizer's steps through `attach`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from usmlite import quantize as q
+from usmlite.errors import ModelError, SpecError
+from usmlite.sparsify import nm_mask
+from usmlite.spec import CompressionSpec, LayerSpec, matrix_shape
+
+ScaleRule = Literal["min-max", "min-error", "learned"]
+MaskRule = Literal["fixed", "periodic", "sr-ste"]
+SCALE_RULES: tuple[ScaleRule, ...] = ("min-max", "min-error", "learned")
+MASK_RULES: tuple[MaskRule, ...] = ("fixed", "periodic", "sr-ste")
+
+
+@dataclass(frozen=True)
+class StudentOptions:
+    """How scales and masks behave while the student trains.
+
+    Attributes:
+        scales: "min-max" follows the largest pruned weight in every forward pass; "min-error"
+            searches the clip with the least squared error at the start and at every mask update;
+            "learned" starts from min-error and is then trained (LSQ).
+        masks: "fixed" once at the start; "periodic" recomputed every `mask_every` optimizer steps;
+            "sr-ste" the same, and pruned weights decay towards zero (arXiv 2102.04010, with the
+            decay in the optimizer step as arXiv 2302.01172 advises).
+        mask_every: optimizer steps between mask updates.
+        mask_decay: the decay of pruned weights, per unit of learning rate.
+    """
+
+    scales: ScaleRule = "learned"
+    masks: MaskRule = "sr-ste"
+    mask_every: int = 1
+    mask_decay: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("scales", self.scales, SCALE_RULES), ("masks", self.masks, MASK_RULES)):
+            if value not in known:
+                raise SpecError("unknown rule", where=name, expected=", ".join(known), found=repr(value))
+        if self.mask_every < 1:
+            raise SpecError(
+                "unusable interval", where="mask_every", expected="at least 1", found=self.mask_every
+            )
+
+
+def to_matrix(weight: Tensor) -> Tensor:
+    """The weight as `[rows, columns]`; a convolution `[out, in, kernel]` as `[out, kernel * in]`."""
+    return weight if weight.dim() == 2 else weight.transpose(1, 2).reshape(weight.shape[0], -1)
+
+
+def from_matrix(matrix: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `to_matrix`."""
+    if len(shape) == 2:
+        return matrix
+    return matrix.reshape(shape[0], shape[2], shape[1]).transpose(1, 2).contiguous()
+
+
+class WeightCompression(nn.Module):
+    """One weight's mask and scales, and the forward pass that applies them.
+
+    Attributes:
+        spec: what the weight becomes.
+        shape: the weight's shape.
+        mask: bool `[rows, columns]`, True where kept; None if dense.
+        log_scale: float32 `[rows, groups]` parameter, the logarithm of learned scales; else None.
+        scale: float32 `[rows, groups]` buffer of searched scales; else None.
+        zero: float32 `[rows, groups]` buffer of integer zero points; None if symmetric.
+        importance: float32 `[columns]` buffer that weighs the inputs when masks are chosen and
+            clips are searched (ones unless calibrated).
+    """
+
+    mask: Tensor | None
+    scale: Tensor | None
+    zero: Tensor | None
+    importance: Tensor
+
+    def __init__(
+        self, weight: Tensor, spec: LayerSpec, options: StudentOptions, *, start: bool = True
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.options = options
+        self.shape = weight.shape
+        rows, columns = matrix_shape(weight.shape)
+        device = weight.device
+        self.register_buffer("importance", torch.ones(columns, device=device))
+        mask = torch.ones(rows, columns, dtype=torch.bool, device=device)
+        self.register_buffer("mask", None if spec.sparsity is None else mask)
+        self.register_buffer("scale", None)
+        self.register_buffer("zero", None)
+        self.log_scale: nn.Parameter | None = None
+        quant = spec.quant
+        if quant is not None:
+            groups = spec.scale_groups(columns)
+            if options.scales == "learned":
+                self.log_scale = nn.Parameter(torch.zeros(rows, groups, device=device))
+            elif options.scales == "min-error":
+                self.scale = torch.ones(rows, groups, device=device)
+            if not quant.symmetric and options.scales != "min-max":
+                self.zero = torch.zeros(rows, groups, device=device)
+        if start:
+            self.start(weight)
+
+    @torch.no_grad()
+    def start(self, weight: Tensor) -> None:
+        """Chooses mask and scales afresh for this weight."""
+        self.update_mask(weight)
+        self._search_scales(weight)
+
+    @torch.no_grad()
+    def update_mask(self, weight: Tensor) -> int:
+        """Keeps the N largest weights of every M; returns how many mask entries changed."""
+        if self.spec.sparsity is None:
+            return 0
+        assert self.mask is not None
+        scores = to_matrix(weight.detach()).float().abs() * self.importance.sqrt()
+        mask = nm_mask(scores, self.spec.sparsity)
+        changed = int((mask != self.mask).sum())
+        self.mask.copy_(mask)
+        return changed
+
+    def _pruned(self, weight: Tensor) -> Tensor:
+        matrix = to_matrix(weight.detach()).float()
+        return matrix if self.mask is None else torch.where(self.mask, matrix, torch.zeros_like(matrix))
+
+    @torch.no_grad()
+    def _search_scales(self, weight: Tensor) -> None:
+        quant = self.spec.quant
+        if quant is None or self.options.scales == "min-max":
+            return
+        uniform = bool((self.importance == self.importance[0]).all())
+        scale, zero = q.min_error(
+            self._pruned(weight),
+            self.mask,
+            quant,
+            self.spec.group,
+            importance=None if uniform else self.importance,
+        )
+        self.set_scales(scale, zero)
+
+    @torch.no_grad()
+    def set_scales(self, scale: Tensor, zero: Tensor | None) -> None:
+        """Takes given scales `[rows, groups]` (and zero points) as the present ones."""
+        if self.log_scale is not None:
+            self.log_scale.copy_(scale.log())
+        elif self.scale is not None:
+            self.scale.copy_(scale)
+        if self.zero is not None and zero is not None:
+            self.zero.copy_(zero)
+
+    @torch.no_grad()
+    def update(self, weight: Tensor) -> int:
+        """A mask update during training; min-error scales follow it. Returns the changed entries."""
+        changed = self.update_mask(weight)
+        if self.options.scales == "min-error":
+            self._search_scales(weight)
+        return changed
+
+    def scales(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The scales and zero points in force, `[rows, groups]`, scales rounded as float16."""
+        quant = self.spec.quant
+        assert quant is not None
+        if self.log_scale is not None:
+            return q.round_scale(self.log_scale.detach().exp()), self.zero
+        if self.scale is not None:
+            return self.scale, self.zero
+        return q.min_max(self._pruned(weight), quant, self.spec.group)
+
+    def forward(self, weight: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The weight as the packed model will have it.
+
+        Args:
+            weight: the master weight; with `rows`, only those rows of it, gathered.
+            rows: int64 `[count]`, which rows of the full weight these are (embedding look-ups).
+
+        Returns:
+            A tensor of the weight's shape, in the autocast dtype if autocast is on.
+        """
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(weight.device.type):
+            dtype = torch.get_autocast_dtype(weight.device.type)
+
+        def select(values: Tensor | None) -> Tensor | None:
+            return values if values is None or rows is None else values[rows]
+
+        matrix, mask, quant = to_matrix(weight), select(self.mask), self.spec.quant
+        if quant is None:
+            out = _round_to_half(matrix)
+            out = out if mask is None else _mask_straight_through(out, mask)
+            out = out.to(dtype)
+        else:
+            log_scale, scale, zero = select(self.log_scale), None, None
+            if self.log_scale is None and self.scale is None:
+                pruned = matrix.detach() if mask is None else matrix.detach().masked_fill(~mask, 0.0)
+                scale, zero = q.min_max(pruned, quant, self.spec.group)
+            else:
+                scale, zero = select(self.scale), select(self.zero)
+            out = _fake_quantize(matrix, log_scale, scale, mask, zero, quant, self.spec.group, dtype)
+        return from_matrix(out, weight.shape)
+
+    @torch.no_grad()
+    def codes(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What is stored: codes uint8 `[rows, columns]`, scales float32 and zeros `[rows, groups]`."""
+        quant = self.spec.quant
+        assert quant is not None
+        scale, zero = self.scales(weight)
+        return q.quantize(self._pruned(weight), scale, zero, quant, self.spec.group), scale, zero
+
+    def extra_repr(self) -> str:
+        """Shown in the model's printout."""
+        return str(self.spec)
+
+
+class _RoundToHalf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, matrix: Tensor) -> Tensor:
+        return matrix.clamp(-q.MAX_SCALE, q.MAX_SCALE).half().to(matrix.dtype)
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+class _MaskStraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, matrix: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask, matrix, torch.zeros_like(matrix))
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+# torch leaves `apply` untyped.
+_round_to_half: Callable[..., Tensor] = _RoundToHalf.apply
+_mask_straight_through: Callable[..., Tensor] = _MaskStraightThrough.apply
+_fake_quantize: Callable[..., Tensor] = q.FakeQuantize.apply
+
+
+class CompressedLinear(nn.Linear):
+    """A linear layer that multiplies by its compressed weight.
+
+    The output projection that is tied to the token embedding shares the embedding's
+    `WeightCompression` without registering it twice (`borrowed`).
+    """
+
+    compression: WeightCompression
+
+    @classmethod
+    def wrap(
+        cls, layer: nn.Linear, compression: WeightCompression, *, borrowed: bool = False
+    ) -> CompressedLinear:
+        """Makes one around the layer's own parameters."""
+        new = cls(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        new.weight, new.bias = layer.weight, layer.bias
+        if borrowed:
+            new.__dict__["compression"] = compression
+        else:
+            new.compression = compression
+        return new.train(layer.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[..., in]` to `[..., out]`."""
+        return nn.functional.linear(input, self.compression(self.weight), self.bias)
+
+
+class CompressedConv1d(nn.Conv1d):
+    """A 1-D convolution with a compressed weight."""
+
+    compression: WeightCompression
+
+    @classmethod
+    def wrap(cls, layer: nn.Conv1d, compression: WeightCompression) -> CompressedConv1d:
+        """Makes one around the layer's own parameters."""
+        new = cls(
+            layer.in_channels,
+            layer.out_channels,
+            cast("tuple[int]", layer.kernel_size),
+            stride=cast("tuple[int]", layer.stride),
+            padding=cast("tuple[int]", layer.padding),
+            dilation=cast("tuple[int]", layer.dilation),
+            groups=layer.groups,
+            bias=layer.bias is not None,
+            padding_mode=layer.padding_mode,
+            device="meta",
+        )
+        new.weight, new.bias, new.compression = layer.weight, layer.bias, compression
+        return new.train(layer.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[batch, in, frames]` to `[batch, out, frames']`."""
+        return self._conv_forward(input, self.compression(self.weight), self.bias)
+
+
+class CompressedEmbedding(nn.Embedding):
+    """A token embedding that looks up compressed rows; only the rows asked for are computed."""
+
+    compression: WeightCompression
+
+    @classmethod
+    def wrap(cls, layer: nn.Embedding, compression: WeightCompression) -> CompressedEmbedding:
+        """Makes one around the layer's own parameters."""
+        new = cls(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, device="meta")
+        new.weight, new.compression = layer.weight, compression
+        return new.train(layer.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Token ids `[...]` to `[..., dimension]`."""
+        rows = input.reshape(-1)
+        # `embedding`, not indexing: its gradient is summed deterministically on every device.
+        values: Tensor = self.compression(nn.functional.embedding(rows, self.weight, self.padding_idx), rows)
+        return values.reshape(*input.shape, -1)
+
+
+class CompressedPositions(nn.Embedding):
+    """A learned position table with the call signature of Transformers' Whisper decoder."""
+
+    compression: WeightCompression
+
+    @classmethod
+    def wrap(cls, layer: nn.Embedding, compression: WeightCompression) -> CompressedPositions:
+        """Makes one around the layer's own parameters."""
+        new = cls(layer.num_embeddings, layer.embedding_dim, device="meta")
+        new.weight, new.compression = layer.weight, compression
+        return new.train(layer.training)
+
+    def forward(
+        self, input: Tensor, past_key_values_length: int = 0, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Positions of token ids `[batch, tokens]`."""
+        table: Tensor = self.compression(self.weight)
+        if position_ids is not None:
+            return table[position_ids]
+        return table[past_key_values_length : past_key_values_length + input.shape[1]]
+
+
+CompressedLayer = CompressedLinear | CompressedConv1d | CompressedEmbedding | CompressedPositions
+
+
+def _wrap(layer: nn.Module, kind: str, compression: WeightCompression) -> nn.Module:
+    if kind == "linear" and isinstance(layer, nn.Linear):
+        return CompressedLinear.wrap(layer, compression)
+    if kind == "conv1d" and isinstance(layer, nn.Conv1d):
+        return CompressedConv1d.wrap(layer, compression)
+    if kind == "embedding" and isinstance(layer, nn.Embedding):
+        return CompressedEmbedding.wrap(layer, compression)
+    if kind == "positions" and isinstance(layer, nn.Embedding):
+        return CompressedPositions.wrap(layer, compression)
+    raise ModelError(f"cannot compress a {type(layer).__name__} as {kind}")
+
+
+def make_student(
+    teacher: nn.Module,
+    compressible: Mapping[str, str],
+    spec: CompressionSpec,
+    options: StudentOptions | None = None,
+    *,
+    computed: Collection[str] = (),
+    start: bool = True,
+) -> nn.Module:
+    """A trainable copy of the teacher whose covered layers prune and quantize in the forward pass.
+
+    Args:
+        teacher: the dense model; not changed.
+        compressible: weight name to kind, as the model's adapter lists them.
+        spec: what each weight becomes.
+        options: how scales and masks behave.
+        computed: names of parameters that are computed, never stored nor trained (sinusoids).
+        start: choose masks and scales from the teacher's weights; False where saved ones follow.
+
+    Returns:
+        A model of the teacher's class, in training mode.
+
+    Raises:
+        ModelError: a listed weight is not there or not of its kind.
+        SpecError: the spec covers no weight at all though it has rules.
+    """
+    options = options or StudentOptions()
+    kinds = {name.removesuffix(".weight"): kind for name, kind in compressible.items()}
+    specs = {name: spec.resolve(name, kind) for name, kind in kinds.items()}
+    if spec.rules and not kinds:
+        raise SpecError("the spec covers no weight of this model", expected="at least one match")
+    student = copy.deepcopy(teacher)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(parameter.is_floating_point() and name not in computed)
+    tied: dict[int, WeightCompression] = {}
+    for name, kind in kinds.items():
+        if specs[name].is_kept:
+            continue
+        layer = student.get_submodule(name)
+        weight = cast(nn.Parameter, layer.weight)
+        compression = WeightCompression(weight.detach(), specs[name], options, start=start)
+        tied[id(weight)] = compression
+        student.set_submodule(name, _wrap(layer, kind, compression))
+    # A layer that shares a compressed weight (the tied output projection) must compute with it too.
+    for name, layer in list(student.named_modules()):
+        shared = tied.get(id(getattr(layer, "weight", None)))
+        if shared is not None and type(layer) is nn.Linear:
+            student.set_submodule(name, CompressedLinear.wrap(layer, shared, borrowed=True))
+    return student.train()
+
+
+def compressed_layers(student: nn.Module) -> Iterator[tuple[str, CompressedLayer]]:
+    """Name and layer of every compressed weight, tied ones once."""
+    for name, layer in student.named_modules():
+        if isinstance(layer, CompressedLayer) and "compression" in layer._modules:
+            yield name, layer
+
+
+def fake_quantized(layer: CompressedLayer) -> Tensor:
+    """The weight that the packed model will hold, float32, of the layer's weight's shape."""
+    with torch.no_grad(), torch.autocast(layer.weight.device.type, enabled=False):
+        return cast(Tensor, layer.compression(layer.weight))
+
+
+@torch.no_grad()
+def dense_equivalent(student: nn.Module, teacher: nn.Module) -> nn.Module:
+    """A plain model of the teacher's class with the weights the student computes with.
+
+    For whatever runs the model many times without training it: decoding, evaluation, export.
+
+    Args:
+        student: made from this teacher; not changed.
+        teacher: gives the layers; not changed.
+
+    Returns:
+        A dense float32 model in eval mode.
+    """
+    dense = copy.deepcopy(teacher)
+    own = dict(dense.named_parameters())
+    compressed = {f"{name}.weight": layer for name, layer in compressed_layers(student)}
+    for name, value in student.named_parameters():
+        if name in own:
+            own[name].copy_(fake_quantized(compressed[name]) if name in compressed else value)
+    return dense.eval()
+
+
+@torch.no_grad()
+def update_masks(student: nn.Module) -> float:
+    """Recomputes every mask from the present weights; returns the share of entries that changed."""
+    changed = total = 0
+    for _, layer in compressed_layers(student):
+        if layer.compression.mask is not None:
+            changed += layer.compression.update(layer.weight)
+            total += layer.weight.numel()
+    return changed / total if total else 0.0
+
+
+@torch.no_grad()
+def decay_pruned(student: nn.Module, rate: float) -> None:
+    """Shrinks pruned master weights by the factor 1 - rate (SR-STE's decay, decoupled)."""
+    for _, layer in compressed_layers(student):
+        mask = layer.compression.mask
+        if mask is not None:
+            matrix = to_matrix(layer.weight)
+            shrunk = torch.where(mask, matrix, matrix * (1.0 - rate))
+            layer.weight.copy_(from_matrix(shrunk, layer.weight.shape))
+
+
+class MaskUpdater:
+    """Moves a student's masks after optimizer steps. Made by `attach`.
+
+    Attributes:
+        steps: optimizer steps seen.
+        frozen: set it to stop all movement; masks then stay as they are.
+        churn: share of mask entries that the last update changed.
+    """
+
+    def __init__(self, student: nn.Module) -> None:
+        self.student = student
+        self.steps = 0
+        self.frozen = False
+        self.churn = 0.0
+        options = {layer.compression.options for _, layer in compressed_layers(student)}
+        self.options = next(iter(options)) if options else StudentOptions(masks="fixed")
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Decays pruned weights and updates the masks when they are due."""
+        self.steps += 1
+        if self.frozen or self.options.masks == "fixed":
+            return
+        if self.options.masks == "sr-ste":
+            rate = max(group["lr"] for group in optimizer.param_groups) * self.options.mask_decay
+            decay_pruned(self.student, rate)
+        if self.steps % self.options.mask_every == 0:
+            self.churn = update_masks(self.student)
+
+
+def attach(student: nn.Module, optimizer: torch.optim.Optimizer) -> MaskUpdater:
+    """Lets the student's masks follow this optimizer's steps, in any training loop.
+
+    Example:
+        student = make_student(...)
+        optimizer = torch.optim.AdamW(student.parameters(), lr=3e-4)
+        attach(student, optimizer)
+        # then loss.backward(); optimizer.step() as always
+
+    Returns:
+        The updater, whose `frozen` stops the masks for the last part of training.
+    """
+    updater = MaskUpdater(student)
+
+    def hook(done: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        updater.after_step(done)
+
+    optimizer.register_step_post_hook(hook)
+    return updater
+
+
+@torch.no_grad()
+def round_kept(student: nn.Module) -> None:
+    """Rounds the tensors that are stored as they are to float16, as the packed file holds them.
+
+    Called once when training ends, so that the student that is evaluated equals what ships.
+    """
+    compressed = {id(layer.weight) for _, layer in compressed_layers(student)}
+    scales = {id(layer.compression.log_scale) for _, layer in compressed_layers(student)}
+    for parameter in student.parameters():
+        if id(parameter) not in compressed and id(parameter) not in scales:
+            parameter.copy_(parameter.clamp(-q.MAX_SCALE, q.MAX_SCALE).half())
+
+
+def layer_specs(student: nn.Module) -> dict[str, LayerSpec]:
+    """Module name to layer spec of every compressed weight."""
+    return {name: layer.compression.spec for name, layer in compressed_layers(student)}

@@ -1,0 +1,212 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch import nn
+
+from small_whisper import small_student, small_teacher
+from usmlite import finetune as loop
+from usmlite.checkpoint import student_tensors
+from usmlite.data import Utterance
+from usmlite.errors import TrainingError
+from usmlite.recipe import Recipe, build_recipe
+
+TEXTS = ["hello", "good day", "a tree", "the sea", "no", "yes we go", "rain", "sun"]
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory: pytest.TempPathFactory) -> list[Utterance]:
+    folder = tmp_path_factory.mktemp("speech")
+    out = []
+    for number, text in enumerate(TEXTS):
+        samples = np.random.default_rng(number).normal(0, 0.1, 16000 * (3 + number)).astype(np.float32)
+        path = folder / f"{number}.wav"
+        soundfile.write(path, samples, 16000)
+        out.append(Utterance(str(number), path, len(samples) / 16000, text))
+    return out
+
+
+def recipe(steps: int = 6, **training: object) -> Recipe:
+    settings = {
+        "steps": steps,
+        "batch_size": 1,
+        "precision": "float32",
+        "checkpoint_every": 2,
+        "eval_every": 3,
+        "learning_rate": 3e-3,
+        **training,
+    }
+    return build_recipe({"training": settings, "student": {"mask_every": 1}})
+
+
+def run(speech, output: Path, plan: Recipe, **options: object) -> tuple[nn.Module, loop.Outcome]:
+    teacher, adapter = small_teacher()
+    student, _ = small_student()
+    output.mkdir(exist_ok=True)
+    outcome = loop.finetune(student, teacher, adapter, speech, plan, output, **options)  # type: ignore[arg-type]
+    return student, outcome
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    ours, theirs = student_tensors(a), student_tensors(b)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_loss_falls_and_everything_is_logged(speech, tmp_path):
+    told: list[loop.Progress] = []
+    _, outcome = run(speech, tmp_path, recipe(12), tell=told.append)
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert np.mean([row["loss"] for row in rows[-3:]]) < np.mean([row["loss"] for row in rows[:3]])
+    assert [now.step for now in told] == list(range(1, 13))
+    assert outcome.steps == 12
+    assert outcome.windows == 12
+    assert any(row["churn"] > 0 for row in rows)
+    assert rows[-1]["churn"] == rows[-2]["churn"]  # frozen for the last part
+
+
+@pytest.mark.parametrize("spec_augment", [False, True])
+def test_a_run_cut_off_anywhere_ends_like_one_that_was_not(speech, tmp_path, monkeypatch, spec_augment):
+    plan = recipe(6, spec_augment=spec_augment, accumulate=2)
+    whole, _ = run(speech, tmp_path / "whole", plan)
+
+    class Killed(BaseException):
+        pass
+
+    def kill_at(step: int):
+        def tell(now: loop.Progress) -> None:
+            if now.step == step:
+                raise Killed
+
+        return tell
+
+    for step in (1, 3, 5):  # before, between and after checkpoints
+        with pytest.raises(Killed):
+            run(speech, tmp_path / "cut", plan, tell=kill_at(step))
+    resumed, _ = run(speech, tmp_path / "cut", plan)
+    assert same(whole, resumed)
+    logs = [
+        [
+            {k: v for k, v in json.loads(line).items() if k != "seconds"}
+            for line in (tmp_path / name / "train.jsonl").read_text().splitlines()
+        ]
+        for name in ("whole", "cut")
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_the_best_student_by_dev_wer_is_kept(speech, tmp_path):
+    wers = iter([0.5, 0.2, 0.4, 0.9])
+    _, outcome = run(speech, tmp_path, recipe(12), dev_wer=lambda student: next(wers))
+    assert (outcome.best_step, outcome.best_wer) == (6, 0.2)
+    assert json.loads((tmp_path / "best" / "state.json").read_text()) == {"step": 6, "dev_wer": 0.2}
+
+
+def test_without_dev_the_last_student_is_the_best(speech, tmp_path):
+    student, outcome = run(speech, tmp_path, recipe(3))
+    assert outcome.best_step == 3
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "best" / "student.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in student_tensors(student).items())
+
+
+def test_nan_stops_names_the_step_and_keeps_the_checkpoint(speech, tmp_path, monkeypatch):
+    from usmlite.distill import Distillation
+
+    plain, calls = Distillation.forward, []
+
+    def poisoned(self, *args, **kwargs):
+        calls.append(1)
+        out = plain(self, *args, **kwargs)
+        if len(calls) == 4:
+            out["loss"] = out["loss"] * float("nan")
+        return out
+
+    monkeypatch.setattr(Distillation, "forward", poisoned)
+    with pytest.raises(TrainingError, match=r"step 4.*not finite") as caught:
+        run(speech, tmp_path, recipe(6))
+    assert "step-000002" in str(caught.value)
+    assert (tmp_path / "checkpoints" / "step-000002").is_dir()
+
+
+def test_ctrl_c_finishes_the_step_and_saves(speech, tmp_path):
+    def tell(now: loop.Progress) -> None:
+        if now.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(speech, tmp_path / "cut", recipe(4, checkpoint_every=100), tell=tell)
+    assert [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step-000002"]
+    resumed, _ = run(speech, tmp_path / "cut", recipe(4, checkpoint_every=100))
+    whole, _ = run(speech, tmp_path / "whole", recipe(4, checkpoint_every=100))
+    assert same(whole, resumed)
+
+
+def test_spec_augment_masks_a_copy_and_repeats_with_its_generator():
+    features = torch.randn(2, 80, 3000)
+    before = features.clone()
+    one = loop.spec_augment(features, torch.Generator().manual_seed(1))
+    two = loop.spec_augment(features, torch.Generator().manual_seed(1))
+    assert torch.equal(features, before)
+    assert torch.equal(one, two)
+    changed = (one != features).float().mean().item()
+    assert 0.0 < changed < 0.6
+
+
+def test_windows_cover_every_utterance_each_epoch(speech):
+    dataset = loop.TrainingWindows(speech, recipe(100))
+    index, seen = 0, []
+    while len(seen) < 2 * len(speech):
+        seen += [u.id for u in dataset.window(index).utterances]
+        index += 1
+    assert sorted(seen[: len(speech)]) == sorted(u.id for u in speech)
+    assert sorted(seen[len(speech) :]) == sorted(u.id for u in speech)
+
+
+KILLED = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import test_finetune as t
+from usmlite.data import Utterance
+import json
+speech = [Utterance(i, Path(p), d, x) for i, p, d, x in json.load(open({data!r}))]
+t.run(speech, Path({output!r}), t.recipe(400, checkpoint_every=1))
+"""
+
+
+def test_kill_minus_nine_at_any_moment_leaves_a_run_that_resumes(speech, tmp_path):
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([(u.id, str(u.audio), u.duration, u.text) for u in speech]))
+    output = tmp_path / "run"
+    script = KILLED.format(tests=str(Path(__file__).parent), data=str(data), output=str(output))
+    child = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        deadline = time.monotonic() + 120
+        while not (output / "checkpoints").is_dir() and time.monotonic() < deadline:
+            assert child.poll() is None
+            time.sleep(0.05)
+        time.sleep(1.0)
+    finally:
+        child.kill()
+        child.wait()
+    from usmlite.checkpoint import CheckpointFolder, read_state
+
+    newest = CheckpointFolder(output / "checkpoints").newest()
+    assert newest is not None
+    done = read_state(newest)["step"]
+    torch.set_num_threads(1)
+    plan = recipe(done + 1, checkpoint_every=1)
+    # The rate depends on the length of the run, so the twin runs as long as the killed one was to run.
+    assert done >= 1
+    _, outcome = run(speech, output, plan)
+    assert outcome.steps == done + 1

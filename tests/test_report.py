@@ -1,0 +1,104 @@
+"""Console tables."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from usmlite.evaluate import Comparison, Evaluation
+from usmlite.report import (
+    ComparisonRow,
+    LayerRow,
+    comparison_table,
+    difference_line,
+    layer_table,
+    readable_bytes,
+)
+
+
+def drawn(table: Table) -> str:
+    console = Console(file=io.StringIO(), width=110)
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("│┃ \n").replace("┃", "│").split("│")]
+
+
+def test_comparison_table() -> None:
+    rows = [
+        ComparisonRow("tiny.en (dense)", 151_000_000, 151_000_000, 0.0571, (0.051, 0.0634), 0.0456),
+        ComparisonRow("tiny.en int4 2:4 [best]", 14_190_000, 151_000_000),
+    ]
+    lines = drawn(comparison_table(rows, title="Results")).splitlines()
+    found = [cells(line) for line in lines if "tiny.en" in line]
+    assert found == [
+        ["tiny.en (dense)", "151,000,000", "100.00", "5.71 (5.10 to 6.34)", "0.046"],
+        ["tiny.en int4 2:4 [best]", "14,190,000", "9.40", "-", "-"],
+    ]
+
+
+def test_a_row_of_an_evaluation() -> None:
+    result = Evaluation(
+        "packed", 0.06, (0.05, 0.07), 6, 0, 0, 100, 10.0, 1.0, 0.1, 5, 1_000, {}, (), {"cpu": "x"}, {}
+    )
+    assert ComparisonRow.of(result, 10_000) == ComparisonRow("packed", 1_000, 10_000, 0.06, (0.05, 0.07), 0.1)
+
+
+def test_layer_table_adds_up() -> None:
+    rows = [
+        LayerRow("model.encoder.layers.0.fc1.weight", (1536, 384), "linear", "int4 2:4", 49_152),
+        LayerRow("model.decoder.embed_tokens.weight", (51864, 384), "embedding", "[kept]", 39_831_552),
+        LayerRow("scale", (), "scalar", "float32", 4),
+    ]
+    lines = drawn(layer_table(rows)).splitlines()
+    assert [cells(line) for line in lines if "fc1" in line] == [
+        ["model.encoder.layers.0.fc1.weight", "1536 x 384", "linear", "int4 2:4", "49,152"]
+    ]
+    assert any("[kept]" in line and "39,831,552" in line for line in lines)
+    assert cells(lines[-2])[0] == "3 weights"
+    assert cells(lines[-2])[-1] == "39,880,708"
+
+
+def test_difference_line() -> None:
+    comparison = Comparison(
+        "packed",
+        "dense",
+        0.062,
+        0.057,
+        0.005,
+        (0.001, 0.009),
+        0.0877,
+        (0.02, 0.16),
+        0.0123,
+        0.75,
+        520,
+        10_000,
+    )
+    assert difference_line(comparison) == (
+        "packed against dense: +0.50 points of WER (95 % interval +0.10 to +0.90, +8.8 % relative), "
+        "p = 0.012; 75.0 % of 520 transcripts are the same"
+    )
+    assert "relative" not in difference_line(replace(comparison, relative_difference=None))
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1_000, "1.0 kB"),
+        (14_198_765, "14.2 MB"),
+        (999_960, "1.0 MB"),
+        (3_100_000_000, "3.1 GB"),
+        (5_000_000_000_000, "5000.0 GB"),
+    ],
+)
+def test_readable_bytes(count: int, text: str) -> None:
+    assert readable_bytes(count) == text

@@ -1,0 +1,220 @@
+import copy
+
+import pytest
+import torch
+from transformers import WhisperForConditionalGeneration
+
+from small_whisper import small_teacher
+from usmlite.errors import ModelError, SpecError
+from usmlite.spec import NM, CompressionSpec, Int, LayerSpec, Rule
+from usmlite.student import (
+    StudentOptions,
+    attach,
+    compressed_layers,
+    decay_pruned,
+    dense_equivalent,
+    fake_quantized,
+    from_matrix,
+    layer_specs,
+    make_student,
+    round_kept,
+    to_matrix,
+    update_masks,
+)
+
+SPEC = CompressionSpec.simple(4, "2:4")
+
+
+@pytest.fixture
+def teacher() -> WhisperForConditionalGeneration:
+    return small_teacher()[0]
+
+
+def compressible(model: WhisperForConditionalGeneration) -> dict[str, str]:
+    return small_teacher()[1].compressible(model)
+
+
+def batch(model: WhisperForConditionalGeneration, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config
+    frames = 2 * config.max_source_positions
+    ids = torch.randint(0, config.vocab_size, (2, 5), generator=generator)
+    return {
+        "input_features": torch.randn(2, config.num_mel_bins, frames, generator=generator),
+        "decoder_input_ids": ids,
+        "labels": ids,
+    }
+
+
+def student_of(teacher: torch.nn.Module, spec: CompressionSpec = SPEC, **options: object) -> torch.nn.Module:
+    return make_student(teacher, compressible(teacher), spec, StudentOptions(**options))  # type: ignore[arg-type]
+
+
+def test_matrix_of_a_convolution_has_input_channels_as_neighbours():
+    weight = torch.arange(24.0).reshape(2, 3, 4)
+    matrix = to_matrix(weight)
+    assert matrix.shape == (2, 12)
+    assert matrix[1, :3].tolist() == weight[1, :, 0].tolist()
+    assert torch.equal(from_matrix(matrix, weight.shape), weight)
+
+
+@pytest.mark.parametrize("scales", ["min-max", "min-error", "learned"])
+@pytest.mark.parametrize("bits", [None, 1, 2, 4, 8])
+def test_every_covered_weight_is_pruned_then_quantized(teacher, scales, bits):
+    student = student_of(teacher, CompressionSpec.simple(bits, "2:4"), scales=scales)
+    for name, layer in compressed_layers(student):
+        values = to_matrix(fake_quantized(layer))
+        spec = layer.compression.spec
+        if spec.sparsity is not None:
+            columns = values.shape[1] // 4 * 4
+            assert ((values[:, :columns].reshape(-1, 4) != 0).sum(-1) <= 2).all(), name
+        if spec.quant is not None:
+            assert all(len(row.unique()) <= 2**spec.quant.bits + 1 for row in values), name
+
+
+def test_the_tied_projection_computes_with_the_embeddings_compressed_weight(teacher):
+    student = student_of(teacher)
+    hidden = torch.randn(3, teacher.config.d_model)
+    expected = hidden @ fake_quantized(student.get_submodule("model.decoder.embed_tokens")).T
+    assert torch.allclose(student.proj_out(hidden), expected, atol=1e-5)
+    assert student.proj_out.weight is student.model.decoder.embed_tokens.weight
+    names = [name for name, _ in compressed_layers(student)]
+    assert "model.decoder.embed_tokens" in names
+    assert "proj_out" not in names
+
+
+def test_the_students_own_forward_equals_its_dense_equivalent(teacher):
+    student = student_of(teacher).eval()
+    dense = dense_equivalent(student, teacher)
+    inputs = batch(teacher)
+    with torch.no_grad():
+        ours, theirs = student(**inputs), dense(**inputs)
+    assert torch.allclose(ours.logits, theirs.logits, atol=1e-5)
+    assert not torch.allclose(theirs.logits, teacher(**inputs).logits, atol=1e-3)
+
+
+def test_the_teacher_is_not_changed(teacher):
+    before = copy.deepcopy(teacher.state_dict())
+    student = student_of(teacher)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0.1)
+    attach(student, optimizer)
+    student(**batch(teacher)).loss.backward()
+    optimizer.step()
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+
+
+def test_any_loop_trains_it_and_masks_follow_the_optimizer(teacher):
+    student = student_of(teacher, mask_every=2)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
+    updater = attach(student, optimizer)
+    layer = student.get_submodule("model.decoder.layers.0.fc1")
+    losses, masks = [], [layer.compression.mask.clone()]
+    for _ in range(8):
+        loss = student(**batch(teacher)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        masks.append(layer.compression.mask.clone())
+    assert losses[-1] < losses[0]
+    assert updater.steps == 8
+    assert torch.equal(masks[0], masks[1])  # mask_every=2: nothing after the first step
+    assert not torch.equal(masks[0], masks[-1])
+    updater.frozen = True
+    optimizer.step()
+    assert torch.equal(layer.compression.mask, masks[-1])
+
+
+def test_fixed_masks_never_move(teacher):
+    student = student_of(teacher, masks="fixed")
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    attach(student, optimizer)
+    before = {
+        name: layer.compression.mask.clone()
+        for name, layer in compressed_layers(student)
+        if layer.compression.mask is not None
+    }
+    student(**batch(teacher)).loss.backward()
+    optimizer.step()
+    for name, mask in before.items():
+        assert torch.equal(student.get_submodule(name).compression.mask, mask)
+
+
+def test_pruned_weights_receive_gradient_and_decay(teacher):
+    student = student_of(teacher)
+    layer = student.get_submodule("model.encoder.layers.0.fc2")
+    student(**batch(teacher)).loss.backward()
+    mask = layer.compression.mask
+    assert layer.weight.grad[~mask].abs().max() > 0
+    before = layer.weight.detach().clone()
+    decay_pruned(student, 0.25)
+    assert torch.equal(layer.weight[mask], before[mask])
+    assert torch.allclose(layer.weight[~mask], 0.75 * before[~mask])
+
+
+def test_update_masks_reports_the_share_that_changed(teacher):
+    student = student_of(teacher)
+    assert update_masks(student) == 0.0
+    layer = student.get_submodule("model.encoder.layers.0.fc2")
+    with torch.no_grad():
+        layer.weight.copy_(torch.where(layer.compression.mask, layer.weight * 1e-3, layer.weight))
+    total = sum(x.weight.numel() for _, x in compressed_layers(student) if x.compression.mask is not None)
+    assert update_masks(student) == pytest.approx(layer.weight.numel() / total)
+
+
+def test_learned_scales_receive_gradient(teacher):
+    student = student_of(teacher)
+    student(**batch(teacher)).loss.backward()
+    moved = [layer.compression.log_scale.grad.abs().sum() > 0 for _, layer in compressed_layers(student)]
+    assert all(moved)
+
+
+def test_rules_decide_by_name_and_kind_and_the_rest_is_kept(teacher):
+    spec = CompressionSpec(
+        (
+            Rule("model.encoder.*", LayerSpec(Int(4), NM(2, 4)), "linear"),
+            Rule("*.embed_tokens", LayerSpec(Int(3), group=16)),
+        )
+    )
+    specs = layer_specs(student_of(teacher, spec))
+    assert specs["model.decoder.embed_tokens"] == LayerSpec(Int(3), group=16)
+    assert specs["model.encoder.layers.0.fc1"] == LayerSpec(Int(4), NM(2, 4))
+    assert not any(name.startswith("model.decoder.layers") or "conv" in name for name in specs)
+
+
+def test_computed_parameters_do_not_train(teacher):
+    computed = {"model.encoder.embed_positions.weight"}
+    student = make_student(teacher, compressible(teacher), SPEC, computed=computed)
+    frozen = {name for name, p in student.named_parameters() if not p.requires_grad}
+    assert frozen == computed
+
+
+def test_round_kept_makes_biases_and_norms_representable_in_float16(teacher):
+    student = student_of(teacher)
+    with torch.no_grad():
+        student.model.encoder.layer_norm.weight.fill_(1.0001)
+    masters = student.get_submodule("model.encoder.layers.0.fc1").weight.detach().clone()
+    round_kept(student)
+    norm = student.model.encoder.layer_norm.weight
+    assert torch.equal(norm, norm.half().float())
+    assert torch.equal(student.get_submodule("model.encoder.layers.0.fc1").weight, masters)
+
+
+def test_a_weight_of_the_wrong_kind_is_named(teacher):
+    with pytest.raises(ModelError, match="cannot compress a Linear as conv1d"):
+        make_student(teacher, {"model.encoder.layers.0.fc1.weight": "conv1d"}, SPEC)
+
+
+@pytest.mark.parametrize("options", [{"scales": "best"}, {"masks": "sometimes"}, {"mask_every": 0}])
+def test_unknown_options_are_refused(options):
+    with pytest.raises(SpecError):
+        StudentOptions(**options)
+
+
+def test_autocast_gives_the_same_weight_in_bf16(teacher):
+    student = student_of(teacher)
+    layer = student.get_submodule("model.encoder.layers.0.fc1")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        weight = layer.compression(layer.weight)
+    assert weight.dtype == torch.bfloat16
+    assert torch.equal(weight, fake_quantized(layer).bfloat16())
