@@ -104,9 +104,9 @@ examples:
 """
 
 DEMO_EPILOG = """\
-It needs the extra: pip install "usmlite[demo]". The speech is synthetic and made on the spot, one voice, so the
-word error rates say that the whole flow works, not how good the model is; results on real speech
-are in results/ and in the README.
+It needs the extra: pip install "usmlite[demo]". The speech is synthetic and made on the spot, by one voice:
+the word error rates say that the whole flow works, not how good a model is. Results on real speech are in
+results/ and in the README.
 """
 
 
@@ -181,10 +181,18 @@ def _add_evaluate(commands: Any) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures and transcripts here")
     parser.add_argument(
-        "--worst", type=_whole(0), default=0, metavar="N", help="show the N worst utterances, aligned (default: 0)"
+        "--worst",
+        type=_whole(0),
+        default=0,
+        metavar="N",
+        help="show the N worst utterances, aligned (default: 0)",
     )
     parser.add_argument(
-        "--batch-size", type=_whole(1), default=16, metavar="N", help="utterances decoded together (default: 16)"
+        "--batch-size",
+        type=_whole(1),
+        default=16,
+        metavar="N",
+        help="utterances decoded together (default: 16)",
     )
     parser.add_argument("--limit", type=_whole(1), metavar="N", help="only the first N utterances")
     _add_hold(parser)
@@ -217,9 +225,7 @@ def _add_transcribe(commands: Any) -> None:
 
 
 def _add_info(commands: Any) -> None:
-    parser = _command(
-        commands, "info", "show what each weight takes, or would take", INFO_EPILOG, _run_info
-    )
+    parser = _command(commands, "info", "show what each weight takes, or would take", INFO_EPILOG, _run_info)
     parser.add_argument("source", metavar="MODEL", help="a dense or packed model")
     parser.add_argument(
         "--rules-from", type=Path, metavar="RECIPE", help="take the [spec] of this recipe; flags win over it"
@@ -236,13 +242,15 @@ def _add_demo(commands: Any) -> None:
         "--out", type=Path, default=Path("usmlite-demo"), metavar="DIR",
         help="where the speech and the models go (default: usmlite-demo)",
     )  # fmt: skip
-    parser.add_argument("--steps", type=_whole(0), metavar="N", help="optimizer steps, instead of the demo's own")
+    parser.add_argument(
+        "--steps", type=_whole(0), metavar="N", help="optimizer steps, instead of the demo's own"
+    )
 
 
 def _add_hold(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hold", choices=HOLDS, default="float32",
-        help="a packed model's weights in memory: float32 is fastest here, packed is smallest (default: float32)",
+        help="a packed model's weights in memory: float32 is fastest, packed is smallest (default: float32)",
     )  # fmt: skip
 
 
@@ -250,11 +258,15 @@ def _add_recipe_flags(parser: argparse.ArgumentParser, sections: Iterable[str]) 
     for section in sections:
         group = parser.add_argument_group(f"[{section}] {_SECTIONS[section]}")
         for key in keys():
-            if key.section == section and not (key.section, key.name) == ("model", "source"):
+            if key.section == section and (key.section, key.name) != ("model", "source"):
                 _add_recipe_flag(group, key)
         if section == "model":
             group.add_argument(
-                "--model", dest="model.source", default=argparse.SUPPRESS, metavar="MODEL", help="the same as MODEL"
+                "--model",
+                dest="model.source",
+                default=argparse.SUPPRESS,
+                metavar="MODEL",
+                help="the same as MODEL",
             )
 
 
@@ -439,7 +451,9 @@ def _run_evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluated(source: str, utterances: Sequence[Utterance], arguments: argparse.Namespace) -> tuple[Evaluation, Any]:
+def _evaluated(
+    source: str, utterances: Sequence[Utterance], arguments: argparse.Namespace
+) -> tuple[Evaluation, Any]:
     from usmlite.evaluate import evaluate
     from usmlite.info import dense_float32_bytes
     from usmlite.load import load
@@ -531,7 +545,7 @@ def _targets(arguments: argparse.Namespace, formats: Sequence[str]) -> dict[Path
         if other is not None:
             raise OutputError(
                 "two recordings would share one transcript", where=f"{target}.{formats[0]}",
-                found=f"{other} and {path}", remedy="Rename one, or transcribe them into different directories.",
+                found=f"{other} and {path}", remedy="Rename one, or give them different directories.",
             )  # fmt: skip
         targets[path] = target
     try:
@@ -565,7 +579,10 @@ def _readable(
 
 
 def _transcribed(
-    recognizer: Recognizer, audio: list[np.ndarray], arguments: argparse.Namespace, tell: Callable[[float], None]
+    recognizer: Recognizer,
+    audio: list[np.ndarray],
+    arguments: argparse.Namespace,
+    tell: Callable[[float], None],
 ) -> list[Transcript]:
     return recognizer.transcribe(
         audio,
@@ -579,11 +596,11 @@ def _transcribed(
 def _deliver(
     transcript: Transcript, path: Path, formats: Sequence[str], target: Path | None, *, several: bool
 ) -> None:
+    from usmlite import formats as writers
     from usmlite.atomic import write_bytes
-    from usmlite.formats import FORMATS as writers
 
     for name in formats:
-        text = writers[name](transcript)
+        text = writers.FORMATS[name](transcript)
         if target is not None:
             write_bytes(f"{target}.{name}", text.encode())
         elif several:

@@ -6,10 +6,12 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -46,16 +48,19 @@ def compress(recipe: Recipe, output: Path, *, console: Console | None = None) ->
         console: where the plan, the progress and the table go; None for none.
 
     Returns:
-        The report that is also in `report.json`.
+        The report that is also in `report.json`; nothing in processes but the first.
 
     Raises:
         UsmliteError: see `errors`; nothing half-written stays, and finished stages are kept.
         KeyboardInterrupt: Ctrl-C; the step at hand was finished and saved.
     """
-    console = console or Console(quiet=True)
+    processes = PartialState()  # more than one under `accelerate launch`; the first one talks and writes
+    if console is None or not processes.is_main_process:
+        console = Console(quiet=True)
     started = time.perf_counter()
     spec = recipe.spec.build()
-    claim(output, recipe)
+    with processes.main_process_first():
+        claim(output, recipe)
     teacher = load_teacher(recipe.model.source)
     speech = Speech.load(recipe)
     console.print(plan(recipe, spec, teacher, speech))
@@ -63,7 +68,8 @@ def compress(recipe: Recipe, output: Path, *, console: Console | None = None) ->
     student, calibration = start_student(recipe, spec, teacher, speech, output, console)
     outcome: training.Outcome | None = None
     if recipe.training.steps:
-        targets, left_out = training_targets(recipe, teacher, speech, output, console)
+        with processes.main_process_first():
+            targets, left_out = training_targets(recipe, teacher, speech, output, console)
         console.print(
             f"Training on {len(targets)} utterances ({left_out} left out: the teacher got them wrong)."
         )
@@ -78,6 +84,9 @@ def compress(recipe: Recipe, output: Path, *, console: Console | None = None) ->
                 dev_wer=dev_wer(recipe, teacher, speech.dev_part) if speech.dev_part else None,
                 tell=tell,
             )
+    if not processes.is_main_process:
+        return {}
+    if outcome is not None:
         load_student(output / "best", student)
     else:
         students.round_kept(student)
@@ -230,7 +239,10 @@ def training_targets(
 ) -> tuple[list[Utterance], int]:
     """The training utterances with the texts the student shall learn, and how many were left out."""
     if recipe.data.targets == "text":
-        return speech.train, 0
+        # Whisper was not trained to shout: corpora in capitals become sentences.
+        return [
+            replace(u, text=u.text.capitalize()) if u.text and u.text.isupper() else u for u in speech.train
+        ], 0
     path = Path(recipe.data.transcripts) if recipe.data.transcripts else output / "transcripts.jsonl"
     with _bar(console, "Teacher transcribes", len(speech.train)) as progress:
         texts = transcribe_corpus(
@@ -266,7 +278,8 @@ def start_student(
             autocast=torch.bfloat16 if precision == "bf16" else None,
             progress=lambda stage, done, total: progress(done, total or done),
         )
-    write_json(output / "calibration.json", found.to_dict())
+    if PartialState().is_main_process:
+        write_json(output / "calibration.json", found.to_dict())
     return student, found.to_dict()
 
 
@@ -300,7 +313,7 @@ def dev_wer(
 
 
 def quick_recognizer(model: nn.Module, teacher: Teacher, recipe: Recipe) -> Recognizer:
-    """The model in bf16 if the recipe allows it and the device is fast at it, for work that is not reported."""
+    """The model in bf16 if the recipe allows it and the device is fast at it, for what is not reported."""
     device = next(model.parameters()).device
     if training.autocast_precision(recipe.training.precision, device) == "bf16":
         model = copy.deepcopy(model).bfloat16()

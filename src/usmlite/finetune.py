@@ -139,7 +139,7 @@ def spec_augment(features: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def autocast_precision(choice: str, device: torch.device) -> str:
-    """Either "bf16" or "no", as Accelerate names it: bf16 only where the device computes fast in it."""
+    """Either "bf16" or "no", bf16 only where the device computes fast in it."""
     if choice != "auto":
         return "bf16" if choice == "bf16" else "no"
     if device.type == "cuda":
@@ -225,8 +225,8 @@ def finetune(
     training = recipe.training
     accelerator = Accelerator()
     device = accelerator.device
-    # Set here, not in the constructor: whether bf16 pays depends on the device Accelerate found.
-    accelerator = Accelerator(mixed_precision=autocast_precision(training.precision, device))
+    # Not Accelerate's mixed precision: that is fixed for the life of the process, and bf16 needs no more.
+    bf16 = autocast_precision(training.precision, device) == "bf16"
     student.to(device).train()
     teacher.to(device).eval()
     optimizer = make_optimizer(student, recipe)
@@ -287,7 +287,7 @@ def finetune(
             sums: dict[str, float] = {}
             for part in range(training.accumulate):
                 batch = _to_device(next(batches), adapter, recipe, device, step, part)
-                with accelerator.autocast():
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     losses = distillation(**batch)
                 accelerator.backward(losses["loss"] / training.accumulate)
                 for name, value in losses.items():

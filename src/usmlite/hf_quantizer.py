@@ -189,12 +189,11 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
                 module = name.removesuffix(".weight")
                 if module in self.manifest.layers:
                     layer = self.manifest.layers[module]
-                    for part in packfile.part_shapes(layer.spec, *matrix_shape(layer.shape)):
-                        # A copy: the file that is mapped may be the one that is written.
-                        stored[f"{name}.{part}"] = read(f"{name}.{part}").clone()
-                    loaded = self.unpack(
-                        name, {part: stored[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in stored}
-                    )
+                    shapes = packfile.part_shapes(layer.spec, *matrix_shape(layer.shape))
+                    # Copies: the file that is mapped may be the one that is written.
+                    parts = {part: read(f"{name}.{part}").clone() for part in shapes}
+                    stored |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+                    loaded = self.unpack(name, parts)
                 elif name in self.manifest.computed:
                     loaded = packfile.compute(self.manifest.computed[name], tuple(parameter.shape))
                 else:

@@ -169,9 +169,7 @@ def _describe_dense(source: str | Path, spec: CompressionSpec) -> ModelInfo:
             rows.append(LayerRow(name, shape, kind, str(layer), layer.bytes(*size)))
             for part, described in part_shapes(layer, *size).items():
                 stored[f"{name}.{part}"] = described
-    unused = tuple(
-        f"{rule.match} ({rule.kind or 'any kind'}): {rule.spec}" for rule in spec.unused(kinds)
-    )
+    unused = tuple(f"{rule.match} ({rule.kind or 'any kind'}): {rule.spec}" for rule in spec.unused(kinds))
     return ModelInfo(str(source), False, tuple(rows), _header_bytes(stored), teacher.float32_bytes, unused)
 
 
@@ -203,9 +201,7 @@ def _describe_packed(path: Path, source: str) -> ModelInfo:
             names, form = [name], KEPT
         sizes = [file.entries[stored] for stored in names if stored in file.entries]
         described.update(names)
-        rows.append(
-            LayerRow(name, tuple(parameter.shape), kind, form, sum(e.stop - e.start for e in sizes))
-        )
+        rows.append(LayerRow(name, tuple(parameter.shape), kind, form, sum(e.stop - e.start for e in sizes)))
     for name, entry in file.entries.items():
         if name not in described:
             rows.append(LayerRow(name, entry.shape, "other", "not of this model", entry.stop - entry.start))
@@ -233,5 +229,7 @@ def _kinds(model: nn.Module) -> dict[str, str]:
             kinds[name] = "conv1d"
         elif isinstance(layer, nn.Embedding):
             # A table of positions is a class of its own, or was left by Whisper's encoder as it is.
-            kinds[name] = "embedding" if type(layer) is nn.Embedding and "positions" not in name else "positions"
+            kinds[name] = (
+                "embedding" if type(layer) is nn.Embedding and "positions" not in name else "positions"
+            )
     return kinds

@@ -162,7 +162,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         codes = torch.nn.functional.pad(codes, (0, padding))
     runs = codes.reshape(rows, -1, run_codes)
     dtype = torch.uint8 if run_bytes == 1 else torch.int32 if run_bytes <= 3 else torch.int64
-    words = runs[..., 0].to(dtype)
+    words = runs[..., 0].to(dtype, copy=True)
     for i in range(1, run_codes):
         words |= runs[..., i].to(dtype) << (bits * i)
     packed = torch.empty(*words.shape, run_bytes, dtype=torch.uint8, device=codes.device)
@@ -420,7 +420,8 @@ class Manifest:
         if not isinstance(layers, Mapping):
             raise PackedModelError("no layers", where=f"{where}.layers", remedy=_AGAIN)
         computed = values.get("computed", {})
-        if not isinstance(computed, Mapping) or any(rule not in COMPUTED for rule in computed.values()):
+        # As a list: what a file says need not be hashable.
+        if not isinstance(computed, Mapping) or any(rule not in list(COMPUTED) for rule in computed.values()):
             raise PackedModelError(
                 "unknown computed tensors", where=f"{where}.computed",
                 expected=f"tensor names with {' or '.join(COMPUTED)}",

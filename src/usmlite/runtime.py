@@ -113,7 +113,7 @@ class Recognizer:
         return f"Recognizer({self.name!r}, kind={self.kind!r}, weights_bytes={self.weights_bytes})"
 
     @overload
-    def transcribe(
+    def transcribe(  # type: ignore[overload-overlap]  # a str is a sequence of str, alas
         self,
         audio: Audio,
         *,
@@ -168,7 +168,7 @@ class Recognizer:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         single = isinstance(audio, (str, Path, np.ndarray))
-        items: list[Audio] = [audio] if single else list(audio)  # type: ignore[list-item]
+        items: list[Audio] = [audio] if isinstance(audio, (str, Path, np.ndarray)) else list(audio)
         language = self.adapter.language_code(language)
         finished: dict[int, Transcript] = {}
         tracker = _Progress(items, progress)

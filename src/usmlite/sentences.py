@@ -15,9 +15,9 @@ PEOPLE = (
     "the bus driver", "my best friend", "the librarian", "an engineer", "the farmer", "his uncle",
 )  # fmt: skip
 PAST = (
-    "found a silver key", "bought a warm coat", "planted three apple trees", "repaired the wooden bridge",
+    "found a silver key", "bought a warm coat", "planted three apple trees", "repaired the old bridge",
     "lost a leather notebook", "painted the kitchen wall", "wrote a long letter", "baked fresh bread",
-    "carried two heavy boxes", "washed the dirty windows", "heard a strange noise", "borrowed a yellow bicycle",
+    "carried two heavy boxes", "washed the dirty windows", "heard a strange noise", "borrowed a yellow bike",
     "cooked a pot of soup", "built a small boat", "opened the garden gate", "forgot the train tickets",
     "sold an old piano", "watched the evening news", "cleaned the coffee machine", "drew a map of the island",
 )  # fmt: skip

@@ -59,7 +59,9 @@ def test_linear_in_many_row_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = kernels.unpack(weight)
     x = torch.randn(4, 24)
     blocks = reference.row_blocks
-    monkeypatch.setattr(reference, "row_blocks", lambda rows, columns, weights=0: blocks(rows, columns, 24 * 7))
+    monkeypatch.setattr(
+        reference, "row_blocks", lambda rows, columns, weights=0: blocks(rows, columns, 24 * 7)
+    )
     assert torch.equal(kernels.unpack(weight), whole)
     assert torch.equal(kernels.unpack(kernels.expand(weight)), whole)
     torch.testing.assert_close(kernels.linear(x, weight), x @ whole.T, rtol=1e-6, atol=1e-5)
@@ -94,14 +96,20 @@ def test_ranks_count_the_patterns_in_colexicographic_order(n: int, m: int) -> No
     for row, places in enumerate(kept):
         mask[row, list(places)] = True
     assert kernels.pattern_ranks(mask, n).tolist() == list(range(math.comb(m, n)))
-    assert kernels.pattern_columns(torch.arange(len(kept)), n, m).tolist() == [list(places) for places in kept]
+    assert kernels.pattern_columns(torch.arange(len(kept)), n, m).tolist() == [
+        list(places) for places in kept
+    ]
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(2, 32).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.just(m))), st.integers(0, 2**31))
+@given(
+    st.integers(2, 32).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.just(m))), st.integers(0, 2**31)
+)
 def test_ranks_and_columns_are_inverse(nm: tuple[int, int], seed: int) -> None:
     n, m = nm
-    mask = nm_mask(torch.rand(3, 5 * m, generator=torch.Generator().manual_seed(seed)), NM(n, m)).reshape(3, 5, m)
+    mask = nm_mask(torch.rand(3, 5 * m, generator=torch.Generator().manual_seed(seed)), NM(n, m)).reshape(
+        3, 5, m
+    )
     ranks = kernels.pattern_ranks(mask, n)
     assert int(ranks.min()) >= 0
     assert int(ranks.max()) < math.comb(m, n)
@@ -109,6 +117,7 @@ def test_ranks_and_columns_are_inverse(nm: tuple[int, int], seed: int) -> None:
     assert torch.equal(torch.zeros_like(mask).scatter(-1, columns, True), mask)
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 8), st.integers(1, 40), st.integers(0, 2**31))
 def test_codes_survive_packing(bits: int, count: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

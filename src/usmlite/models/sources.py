@@ -228,8 +228,10 @@ def _from_ctranslate2(directory: Path, weights: Sequence[Path], source: str) -> 
     # Ids come from the tokenizer alone: the lang_ids that converters write into an English-only model's
     # config.json are those of a multilingual one.
     ids = tokenizer.backend_tokenizer.token_to_id
-    config.bos_token_id = config.eos_token_id = config.pad_token_id = ids("<|endoftext|>")
-    config.decoder_start_token_id = ids("<|startoftranscript|>")
+    end, start = ids("<|endoftext|>"), ids("<|startoftranscript|>")
+    config.update(
+        {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "decoder_start_token_id": start}
+    )
     generation = _generation(settings, directory, config)
     adapter = WhisperAdapter(config, tokenizer, generation, where=directory)
     with torch.device("meta"):
@@ -251,11 +253,8 @@ def _generation(settings: dict[str, Any], directory: Path, config: WhisperConfig
         value = settings.get(theirs)
         if value is None:
             continue
-        numbers = (
-            [number for item in value for number in (item if isinstance(item, list) else [item])]
-            if isinstance(value, list)
-            else [None]
-        )
+        items = value if isinstance(value, list) else [None]
+        numbers = [number for item in items for number in (item if isinstance(item, list) else [item])]
         if not all(type(number) is int and 0 <= number < limit for number in numbers):
             raise ModelError(
                 f"{theirs} is wrong",

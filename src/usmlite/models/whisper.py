@@ -110,7 +110,7 @@ class WhisperAdapter:
             "eos_token_id": self.end,
             "pad_token_id": self.end,
             "decoder_start_token_id": self.start,
-            "suppress_tokens": list(suppress),
+            "suppress_tokens": [token for token in suppress if token < self.config.vocab_size],
             "begin_suppress_tokens": [220, self.end],  # 220 is a lone space
             "max_length": self.config.max_target_positions,
             "no_timestamps_token_id": self.no_timestamps,

@@ -1,0 +1,187 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from rich.console import Console
+
+from small_whisper import small_teacher
+from usmlite.compress import Speech, compress, expected_bytes, training_targets
+from usmlite.errors import OutputError, RecipeError, UsmliteError
+from usmlite.load import load
+from usmlite.recipe import Recipe, build_recipe, load_recipe
+
+TEXTS = ["hello", "good day", "a tree", "the sea", "no", "yes we go"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    teacher, adapter = small_teacher()
+    teacher.save_pretrained(folder)
+    adapter.save_processor(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("speech")
+    lines = []
+    for number, text in enumerate(TEXTS):
+        samples = np.random.default_rng(number).normal(0, 0.1, 16000 * (2 + number)).astype(np.float32)
+        soundfile.write(folder / f"{number}.wav", samples, 16000)
+        row = {
+            "audio_filepath": f"{number}.wav",
+            "duration": len(samples) / 16000,
+            "text": text,
+            "id": str(number),
+        }
+        lines.append(json.dumps(row))
+    (folder / "manifest.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def recipe(model: Path, speech: Path, **changes: dict[str, object]) -> Recipe:
+    tables: dict[str, dict[str, object]] = {
+        "model": {"source": str(model)},
+        "data": {"train": str(speech), "dev": str(speech), "targets": "text"},
+        "student": {"calibration": 2},
+        "training": {"steps": 2, "batch_size": 1, "eval_utterances": 2, "precision": "float32"},
+    }
+    for section, table in changes.items():
+        tables.setdefault(section, {}).update(table)
+    return build_recipe(tables)
+
+
+@pytest.fixture(scope="module")
+def run(
+    model: Path, speech: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, object], str]:
+    output = tmp_path_factory.mktemp("runs") / "run"
+    console = Console(record=True, width=120)
+    with open("/dev/null", "w") as nowhere:
+        console.file = nowhere
+        report = compress(recipe(model, speech), output, console=console)
+    return output, report, console.export_text()
+
+
+def test_the_run_prints_a_plan_and_a_table_and_writes_a_report(run):
+    output, report, text = run
+    assert json.loads((output / "report.json").read_text()) == json.loads(json.dumps(report))
+    assert report["packed_bytes"] == (output / "packed" / "model.safetensors").stat().st_size
+    assert set(report["evaluations"]) == {"dense", "packed"}
+    assert "MB in float32" in text
+    assert "% of float32" in text
+    assert "real-time factor" in text
+
+
+def test_expected_bytes_are_those_of_the_file_but_for_its_header(run, model, speech):
+    from usmlite.models import load_teacher
+
+    output, report, _ = run
+    expected = expected_bytes(recipe(model, speech).spec.build(), load_teacher(model))
+    with (output / "packed" / "model.safetensors").open("rb") as file:
+        header = 8 + int.from_bytes(file.read(8), "little")
+    assert report["packed_bytes"] == expected + header
+
+
+def test_student_and_packed_model_are_the_same_model(run):
+    output, _, _ = run
+    packed, student = load(output), load(output / "best")
+    assert (packed.kind, student.kind) == ("packed", "student")
+    features = torch.randn(1, 8, 3000)
+    ids = torch.tensor([[257, 263, 40, 50]])
+    with torch.inference_mode():
+        ours = packed.model(input_features=features, decoder_input_ids=ids).logits
+        theirs = student.model(input_features=features, decoder_input_ids=ids).logits
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    # The student counts tensors, the packed file has a header too.
+    assert 0 < packed.weights_bytes - student.weights_bytes < 20_000
+
+
+def test_the_same_command_again_only_repeats_what_is_not_kept(run, model, speech):
+    output, report, _ = run
+    before = (output / "packed" / "model.safetensors").read_bytes()
+    again = compress(recipe(model, speech), output)
+    assert (output / "packed" / "model.safetensors").read_bytes() == before
+    assert again["training"]["steps"] == report["training"]["steps"]
+
+
+def test_the_same_seed_gives_the_same_file(run, model, speech, tmp_path):
+    output, _, _ = run
+    compress(recipe(model, speech), tmp_path / "twin")
+    ours = (output / "packed" / "model.safetensors").read_bytes()
+    assert (tmp_path / "twin" / "packed" / "model.safetensors").read_bytes() == ours
+
+
+def test_another_recipe_in_the_same_place_is_refused_and_named(run, model, speech):
+    output, _, _ = run
+    with pytest.raises(OutputError, match=r"training\.steps: 2 there, 3 now"):
+        compress(recipe(model, speech, training={"steps": 3}), output)
+
+
+def test_a_directory_that_is_not_ours_is_refused_and_left_alone(model, speech, tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(OutputError, match="not a run of usmlite"):
+        compress(recipe(model, speech), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("start", ["magnitude", "activation", "hessian"])
+def test_without_fine_tuning(model, speech, tmp_path, start):
+    plan = recipe(model, speech, training={"steps": 0}, student={"start": start}, data={"dev": None})
+    report = compress(plan, tmp_path / "run")
+    assert report["training"] is None
+    assert load(tmp_path / "run").kind == "packed"
+
+
+def test_a_float_recipe_fine_tunes_the_dense_model(model, speech, tmp_path):
+    plan = recipe(model, speech, spec={"bits": "float", "sparsity": "dense"}, student={"start": "magnitude"})
+    report = compress(plan, tmp_path / "run")
+    assert report["size"] <= 0.5
+
+
+def test_speech_without_text_is_transcribed_by_the_teacher_once(model, speech, tmp_path):
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.wav").write_bytes((speech / f"{number}.wav").read_bytes())
+    kept = tmp_path / "transcripts.jsonl"
+    plan = recipe(
+        model,
+        speech,
+        data={"train": str(folder), "targets": "teacher", "dev": None, "transcripts": str(kept)},
+    )
+    compress(plan, tmp_path / "run")
+    rows = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert len(rows) == 3
+    assert {row["teacher"] for row in rows} == {str(model)}
+
+
+def test_no_speech_is_said_before_anything_is_done(model, tmp_path):
+    plan = build_recipe({"model": {"source": str(model)}})
+    with pytest.raises(RecipeError, match="no speech to work with"):
+        compress(plan, tmp_path / "run")
+
+
+def test_the_saved_recipe_repeats_the_run(run, model, speech):
+    output, _, _ = run
+    assert load_recipe(output / "recipe.toml") == recipe(model, speech)
+
+
+def test_corpora_in_capitals_become_sentences(model, tmp_path, speech):
+    folder = tmp_path / "loud"
+    folder.mkdir()
+    (folder / "a.wav").write_bytes((speech / "0.wav").read_bytes())
+    (folder / "a.txt").write_text("HE WENT HOME")
+    plan = recipe(model, folder, data={"dev": None})
+    spoken = Speech.load(plan)
+    targets, _ = training_targets(plan, None, spoken, tmp_path, Console(quiet=True))  # type: ignore[arg-type]
+    assert [u.text for u in targets] == ["He went home"]
+
+
+def test_errors_are_usmlites_own(model, speech, tmp_path):
+    with pytest.raises(UsmliteError):
+        compress(recipe(model, tmp_path / "nothing"), tmp_path / "run")

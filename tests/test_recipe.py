@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from usmlite.errors import RecipeError, SpecError
+from usmlite.recipe import (
+    Recipe,
+    build_recipe,
+    keys,
+    load_recipe,
+    recipe_to_dict,
+    recipe_to_toml,
+)
+from usmlite.spec import NM, Int, LayerSpec
+
+
+def test_defaults_are_the_headline() -> None:
+    recipe = build_recipe({})
+    assert recipe == Recipe()
+    assert recipe.spec.build().resolve("x", "linear") == LayerSpec(Int(4), NM(2, 4))
+
+
+def test_keys_are_complete_and_their_flags_unique() -> None:
+    found = list(keys())
+    flags = [key.flag for key in found]
+    assert len(set(flags)) == len(flags)
+    names = {
+        (section.name, item.name)
+        for section in dataclasses.fields(Recipe)
+        for item in dataclasses.fields(getattr(Recipe(), section.name))
+    }
+    assert {(key.section, key.name) for key in found} == names - {("spec", "rules")}
+    for key in found:
+        assert key.help
+        assert key.kind in (int, float, str, bool)
+        assert key.default == getattr(getattr(Recipe(), key.section), key.name)
+        assert not key.choices or key.default in key.choices
+
+
+def test_every_default_is_allowed() -> None:
+    assert build_recipe(recipe_to_dict(Recipe())) == Recipe()
+
+
+def test_toml_and_back(tmp_path: Path) -> None:
+    recipe = build_recipe({
+        "model": {"source": "base"},
+        "data": {"train": 'a "quoted" \\ path.jsonl', "single": 1},
+        "spec": {
+            "bits": "float", "sparsity": "1:4",
+            "rules": [{"match": "*.fc1", "bits": 2, "grid": "midrise"}, {"match": "*", "kind": "conv1d"}],
+        },
+        "training": {"learning_rate": 1e-5, "spec_augment": True},
+    })  # fmt: skip
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe_to_toml(recipe), encoding="utf-8")
+    assert load_recipe(path) == recipe
+
+
+def test_whole_numbers_will_do_for_fractions() -> None:
+    value = build_recipe({"training": {"clip": 1}}).training.clip
+    assert (type(value), value) == (float, 1.0)
+
+
+def test_rules_come_before_the_one_line_settings() -> None:
+    recipe = build_recipe({"spec": {"bits": 4, "rules": [{"match": "*.fc1", "bits": 8}]}})
+    spec = recipe.spec.build()
+    assert spec.resolve("layer.fc1", "linear") == LayerSpec(Int(8))
+    assert spec.resolve("layer.fc2", "linear") == LayerSpec(Int(4), NM(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "parts"),
+    [
+        ({"modell": {}}, RecipeError, ["[modell]", "Did you mean 'model'?"]),
+        ({"xyz": {}}, RecipeError, ["[xyz]", "Known: model, data"]),
+        ({"model": "tiny.en"}, RecipeError, ["not a table", "[model]"]),
+        ({"training": {"learning_rat": 1.0}}, RecipeError, ["training.learning_rat", "'learning_rate'?"]),
+        ({"spec": {"sparcity": "2:4"}}, RecipeError, ["spec.sparcity", "Did you mean 'sparsity'?"]),
+        ({"training": {"qqqq": 1}}, RecipeError, ["unknown key", "Known: steps"]),
+        ({"training": {"steps": "many"}}, RecipeError, ["training.steps", "expected int", "'many'"]),
+        ({"training": {"steps": 1.5}}, RecipeError, ["training.steps", "expected int", "1.5"]),
+        ({"training": {"steps": True}}, RecipeError, ["training.steps", "expected int", "True"]),
+        ({"training": {"spec_augment": 1}}, RecipeError, ["training.spec_augment", "expected bool"]),
+        ({"training": {"steps": None}}, RecipeError, ["training.steps", "None"]),
+        ({"training": {"steps": -1}}, RecipeError, ["training.steps", "at least 0", "-1"]),
+        ({"training": {"batch_size": 0}}, RecipeError, ["training.batch_size", "at least 1"]),
+        ({"training": {"learning_rate": float("nan")}}, RecipeError, ["training.learning_rate", "nan"]),
+        ({"training": {"warmup": 1.5}}, RecipeError, ["training.warmup", "from 0 to 1"]),
+        ({"student": {"mask_freeze": -0.1}}, RecipeError, ["student.mask_freeze", "from 0 to 1"]),
+        ({"student": {"scales": "minmax"}}, RecipeError, ["student.scales", "Did you mean 'min-max'?"]),
+        ({"data": {"targets": "labels"}}, RecipeError, ["data.targets", "teacher, text"]),
+        ({"spec": {"bits": "four"}}, RecipeError, ["spec.bits", "'four'"]),
+        ({"spec": {"bits": 0}}, SpecError, ["bits", "1 to 8", "found 0"]),
+        ({"spec": {"bits": 9}}, SpecError, ["bits", "found 9"]),
+        ({"spec": {"sparsity": "3:2"}}, SpecError, ["sparsity", "found 3:2"]),
+        ({"spec": {"group": -4}}, RecipeError, ["spec.group", "at least 0"]),
+        ({"spec": {"symmetric": False, "grid": "midrise"}}, SpecError, ["midrise", "symmetric"]),
+        ({"spec": {"bits": "float", "group": 32}}, SpecError, ["group", "Set bits"]),
+        ({"spec": {"rules": "all"}}, RecipeError, ["[[spec.rules]]"]),
+        ({"spec": {"rules": [3]}}, RecipeError, ["[[spec.rules]]"]),
+        ({"spec": {"rules": [{"match": "*", "bit": 4}]}}, SpecError, ["spec.rules[0]", "unknown key", "bit"]),
+        ({"spec": {"rules": [{"bits": 4}, {"bits": 40}]}}, SpecError, ["spec.rules[1].bits"]),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+)
+def test_wrong_recipes(values: dict[str, Any], error: type[Exception], parts: list[str]) -> None:
+    with pytest.raises(error) as raised:
+        build_recipe(values, where="this.toml")
+    for part in parts:
+        assert part in str(raised.value)
+    if error is RecipeError:
+        assert str(raised.value).startswith("this.toml")
+
+
+def test_files(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot read the recipe"):
+        load_recipe(tmp_path / "nowhere.toml")
+    with pytest.raises(RecipeError, match="cannot read the recipe"):
+        load_recipe(tmp_path)
+    path = tmp_path / "recipe.toml"
+    path.write_text("[training\nsteps = 1")
+    with pytest.raises(RecipeError, match=r"recipe\.toml: not a TOML file .*line 1"):
+        load_recipe(path)
+    path.write_bytes(b"[model]\nsource = '\xff'")
+    with pytest.raises(RecipeError, match="not a TOML file"):
+        load_recipe(path)
+
+
+def test_overrides_win(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text("[training]\nsteps = 5\nseed = 1\n")
+    recipe = load_recipe(path, {"training": {"steps": 6}, "model": {"source": "base"}})
+    assert (recipe.training.steps, recipe.training.seed, recipe.model.source) == (6, 1, "base")
+    # A section that is no table is still the file's mistake.
+    path.write_text("training = 5\n")
+    assert load_recipe(path, {"training": {"steps": 6}}).training.steps == 6
