@@ -121,11 +121,12 @@ def build_parser() -> argparse.ArgumentParser:
     """The whole command line, without anything heavy."""
     from usmlite import __version__
 
-    parser = _parser(
-        _Parser, prog="usmlite",
+    parser = _Parser(
+        prog="usmlite",
         description="Compress a speech recognition model to a tenth of its bytes, and measure what it cost.",
         epilog=MAIN_EPILOG,
-    )  # fmt: skip
+        **_STYLE,
+    )
     parser.add_argument("--version", action="version", version=f"usmlite {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     _add_compress(commands)
@@ -136,15 +137,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parser(make: Callable[..., Any], *args: Any, **settings: Any) -> Any:
-    # Abbreviations would change their meaning when a flag is added.
-    return make(*args, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+# Abbreviations would change their meaning when a flag is added.
+_STYLE: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
 
 
 def _command(commands: Any, name: str, short: str, epilog: str, run: Callable[..., int]) -> Any:
-    parser = _parser(
-        commands.add_parser, name, help=short, description=f"{short[0].upper()}{short[1:]}.", epilog=epilog
-    )
+    description = f"{short[0].upper()}{short[1:]}."
+    parser = commands.add_parser(name, help=short, description=description, epilog=epilog, **_STYLE)
     parser.set_defaults(run=run)
     return parser
 
@@ -509,7 +508,8 @@ def _run_transcribe(arguments: argparse.Namespace) -> int:
     from usmlite.load import load
 
     recognizer = load(arguments.source, hold=arguments.hold)
-    several, bad = len(arguments.files) > 1, []
+    several = len(arguments.files) > 1
+    bad: list[UsmliteError] = []
     with _bar("Transcribing") as progress:
         total = len(arguments.files)
         done = 0

@@ -95,7 +95,9 @@ def run_demo(output: Path, *, console: Console | None = None, steps: int | None 
     example = load_corpus(speech.test)[0]
     heard = load(packed).transcribe(example.audio).text
     console.print(f"\nIt was told   {example.text}\nand it heard  {heard}", markup=False)
-    console.print(closing_words(report, packed, example, time.perf_counter() - started), markup=False)
+    # Not wrapped: its commands are there to be copied.
+    words = closing_words(report, packed, example, time.perf_counter() - started)
+    console.print(words, markup=False, soft_wrap=True)
     return report
 
 
@@ -212,7 +214,8 @@ def _low_pass(white: np.ndarray, color: float) -> np.ndarray:
     response = color ** np.arange(256.0)
     size = len(white) + len(response)
     product = np.fft.rfft(white, size) * np.fft.rfft(response, size)
-    return np.fft.irfft(product, size)[: len(white)]
+    out: np.ndarray = np.fft.irfft(product, size)[: len(white)]
+    return out
 
 
 def _hibari() -> Voice:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax
+from torch.nn.functional import cross_entropy, log_softmax
 
 IGNORED = -100  # label of positions that are not scored
 # Tokens whose distributions over the vocabulary are compared at once: their float32 logits, about
@@ -103,9 +103,15 @@ class Distillation(nn.Module):
             labels: int64 `[batch, tokens]`, `IGNORED` where nothing is scored.
 
         Returns:
-            Scalars "loss" (weighted, with gradient), "kl", "ce", "states" (each unweighted).
+            Scalars "loss" (weighted, with gradient), "kl", "ce", "states" (each unweighted). Without
+            weight on "kl" and "states" the teacher is not run, and both are zero.
         """
         weights, scored = self.weights, labels != IGNORED
+        if not (weights.kl or weights.states):
+            _, logits = _run(self.student, heard, decoder_input_ids, scored)
+            ce = cross_entropy(logits.float(), labels[scored])
+            nothing = torch.zeros_like(ce)
+            return {"loss": weights.ce * ce, "kl": nothing, "ce": ce.detach(), "states": nothing}
         with torch.no_grad():
             teacher_states, teacher_logits = _run(self.__dict__["teacher"], clean, decoder_input_ids, scored)
         states, logits = _run(self.student, heard, decoder_input_ids, scored)

@@ -6,7 +6,7 @@ import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.table import Table
@@ -143,8 +143,7 @@ def _skeleton(config: PretrainedConfig) -> nn.Module:
     # A packed model's configuration says how it is quantized; the skeleton is not.
     plain = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
     with torch.device("meta"):
-        model: nn.Module = AutoModelForSpeechSeq2Seq.from_config(plain)
-    return model
+        return cast(nn.Module, AutoModelForSpeechSeq2Seq.from_config(plain))  # type: ignore[no-untyped-call]
 
 
 def _describe_dense(source: str | Path, spec: CompressionSpec) -> ModelInfo:
@@ -153,11 +152,11 @@ def _describe_dense(source: str | Path, spec: CompressionSpec) -> ModelInfo:
         name.removesuffix(".weight"): kind
         for name, kind in teacher.adapter.compressible(teacher.model).items()
     }
-    computed = teacher.adapter.computed(teacher.model)
+    computed, shown = teacher.adapter.computed(teacher.model), _kinds(teacher.model)
     rows, stored = [], {}
     for name, parameter in teacher.model.named_parameters():
         module, shape = name.removesuffix(".weight"), tuple(parameter.shape)
-        kind = kinds.get(module, "other")
+        kind = kinds.get(module) or (shown.get(module, "other") if name.endswith(".weight") else "other")
         layer = spec.resolve(module, kind) if module in kinds else LayerSpec()
         if name in computed:
             rows.append(LayerRow(name, shape, kind, COMPUTED, 0))

@@ -142,7 +142,7 @@ class TrainingRecipe:
     steps: int = _key(1000, "optimizer steps; 0 compresses without fine-tuning")
     batch_size: int = _key(4, "30-second windows per step and process")
     accumulate: int = _key(1, "batches whose gradients are added up for one step")
-    learning_rate: float = _key(3e-4, "peak learning rate of the weights")
+    learning_rate: float = _key(1e-4, "peak learning rate of the weights")
     scale_learning_rate: float = _key(1e-3, "peak learning rate of the learned scales' logarithms")
     warmup: float = _key(0.05, "share of the steps in which the learning rate rises")
     final_rate: float = _key(0.02, "the learning rate at the end, as a share of the peak (cosine decay)")
