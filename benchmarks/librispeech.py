@@ -114,7 +114,7 @@ def table() -> str:
     one = found[names[0]]["evaluation"]
     lines += [
         "",
-        f"{one['utterance_count']} utterances, {one['audio_seconds'] / 3600:.2f} h, of LibriSpeech test-clean, "
+        f"{one['utterance_count']} utterances, {one['audio_seconds'] / 3600:.2f} h of test-clean; "
         f"greedy, {one['precision']}; intervals by bootstrap over utterances, differences paired on the same "
         f"utterances. Machine: {one['machine'].get('processor', 'unknown processor')}.",
     ]

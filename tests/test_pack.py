@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -216,10 +217,15 @@ print(packing, loading - returned, largest)
 def test_at_most_one_dense_copy_of_the_largest_tensor(tmp_path: Path, scales: str) -> None:
     here = str(Path(__file__).parent)
     command = [sys.executable, "-c", MEMORY, str(tmp_path), here, scales]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=900)
+    # Freed blocks go back to the system at once: what earlier work left behind must not hide anything.
+    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=900, env=os.environ | allocator
+    )
     packing, loading, largest = (int(number) for number in result.stdout.split())
-    assert packing <= largest, f"packing took {packing} bytes, the largest tensor is {largest}"
-    assert loading <= largest, f"loading took {loading} bytes beyond the model"
+    # That something is measured at all: a block of rows and the mapped file count.
+    assert 0 < packing <= largest, f"packing took {packing} bytes, the largest tensor is {largest}"
+    assert 0 < loading <= largest, f"loading took {loading} bytes beyond the model"
 
 
 def test_min_max_students_pack_as_they_compute(tmp_path: Path) -> None:

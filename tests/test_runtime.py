@@ -126,7 +126,7 @@ def test_short_audio_without_timestamps_is_one_piece_and_long_audio_is_not() -> 
     recognizer, adapter = scripted(["short"], [0.0, "long", 30.0], [0.0, "end", 5.0])
     texts = recognizer.transcribe_batch([noise(30), noise(31)])
     assert texts == ["short", "long end"]
-    assert adapter.asked == [(1, False, None), (1, True, None), (1, True, "en")]
+    assert adapter.asked == [(1, False, "en"), (1, True, "en"), (1, True, "en")]
 
 
 def test_progress_runs_to_the_end() -> None:

@@ -10,7 +10,6 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch
 from usmlite.audio import SAMPLE_RATE, load_audio
 from usmlite.data import Utterance
 from usmlite.errors import DataError
+from usmlite.memory import PeakMemory
 from usmlite.text import normalize
 
 BOOTSTRAP_SAMPLES = 10_000
@@ -202,7 +202,7 @@ def evaluate(
     texts = [""] * len(utterances)
     audio_samples = 0
     wall = 0.0
-    memory = _PeakMemory()
+    memory = PeakMemory()
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
         audio = [load_audio(utterances[i].audio) for i in batch]
@@ -452,43 +452,6 @@ def _show(score: UtteranceScore) -> str:
     drawn = jiwer.visualize_alignment(words, show_measures=False, line_width=100)
     lines = [line.rstrip() for line in drawn.splitlines() if line.strip()]
     return "\n".join([title, *lines[1:]])  # without "=== SENTENCE 1 ==="
-
-
-class _PeakMemory:
-    """The highest resident memory of this process, from now on where the system can tell."""
-
-    def __init__(self) -> None:
-        self._from_now = False
-        try:
-            # Linux: 5 sets the high-water mark of this process back to what it holds now.
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")
-            self._from_now = True
-        except OSError:
-            pass
-
-    def read(self) -> tuple[int, str]:
-        """Returns bytes, and how they were measured."""
-        try:
-            with open("/proc/self/status") as file:
-                kibibytes = next(int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
-        except (OSError, StopIteration):
-            return self._elsewhere()
-        since = "during the evaluation" if self._from_now else "since the process started"
-        return kibibytes * 1024, f"peak resident memory {since} (VmHWM of /proc/self/status)"
-
-    def _elsewhere(self) -> tuple[int, str]:
-        try:
-            import resource
-        except ImportError:
-            import psutil  # type: ignore[import-untyped]  # accelerate brings it, without types
-
-            info = psutil.Process().memory_info()
-            peak = int(getattr(info, "peak_wset", info.rss))
-            return peak, "peak working set since the process started (psutil)"
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return int(peak), "peak resident memory since the process started (getrusage)"
 
 
 def _processor() -> str:

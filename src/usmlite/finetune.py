@@ -28,6 +28,7 @@ from usmlite.checkpoint import CheckpointFolder, save_student
 from usmlite.data import Utterance, Window, load_window, pack_windows
 from usmlite.distill import Distillation, LossWeights
 from usmlite.errors import OutputError, TrainingError
+from usmlite.memory import PeakMemory
 from usmlite.models import TimedText, WhisperAdapter
 from usmlite.recipe import Recipe
 from usmlite.schedule import masks_frozen, rate
@@ -64,6 +65,8 @@ class Outcome:
         best_wer: its word error rate on the part of dev, or None without dev.
         seconds: time spent in training steps, resumed parts included.
         windows: 30-second windows trained on.
+        peak_memory_bytes: highest resident memory of this process in the last part of the run, with the
+            teacher, the student, its gradients and the optimizer; on a GPU, of the device instead.
     """
 
     steps: int
@@ -71,6 +74,7 @@ class Outcome:
     best_wer: float | None
     seconds: float
     windows: int
+    peak_memory_bytes: int
 
 
 class TrainingWindows(Dataset[tuple[Tensor, list[TimedText], bool]]):
@@ -264,7 +268,10 @@ def finetune(
     )
     batches = iter(loader)
 
+    memory, peaks = PeakMemory(), [0]
+
     def evaluate_now(step: int) -> None:
+        peaks.append(memory.read()[0])  # an evaluation measures its own peak, from there on
         if dev_wer is None or not accelerator.is_main_process:
             return
         student.eval()
@@ -336,6 +343,7 @@ def finetune(
         state["best_wer"],
         float(state["seconds"]),
         training.steps * per_step,
+        torch.cuda.max_memory_allocated(device) if device.type == "cuda" else max(peaks),
     )
 
 

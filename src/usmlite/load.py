@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
@@ -10,13 +9,13 @@ from usmlite.checkpoint import load_student
 from usmlite.errors import ModelError
 from usmlite.models import Teacher, load_teacher
 from usmlite.packed import load_packed
+from usmlite.packfile import WEIGHTS_NAME, is_packed
 from usmlite.recipe import Recipe, load_recipe
 from usmlite.runtime import Recognizer
 from usmlite.spec import matrix_shape
 from usmlite.student import StudentOptions, dense_equivalent, layer_specs, make_student
 
 RECIPE_FILE, PACKED_FOLDER, STUDENT_FILE = "recipe.toml", "packed", "student.safetensors"
-WEIGHTS_FILE = "model.safetensors"
 
 
 def load(source: str | Path, *, hold: Literal["float32", "int8", "packed"] = "float32") -> Recognizer:
@@ -46,7 +45,7 @@ def load(source: str | Path, *, hold: Literal["float32", "int8", "packed"] = "fl
         path = path / PACKED_FOLDER
     if is_packed(path):
         model, adapter = load_packed(path, hold=hold)
-        size = (path / WEIGHTS_FILE).stat().st_size
+        size = (path / WEIGHTS_NAME).stat().st_size
         return Recognizer(model, adapter, name=str(source), kind="packed", weights_bytes=size)
     if (path / STUDENT_FILE).is_file():
         return _load_student(path)
@@ -58,15 +57,6 @@ def dense_recognizer(teacher: Teacher) -> Recognizer:
     return Recognizer(
         teacher.model, teacher.adapter, name=teacher.source, kind="dense", weights_bytes=teacher.float32_bytes
     )
-
-
-def is_packed(path: Path) -> bool:
-    """Whether the directory says that it holds a packed model of ours (damaged ones included)."""
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        return bool(config["quantization_config"]["quant_method"] == "usmlite")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def student_options(recipe: Recipe) -> StudentOptions:

@@ -176,11 +176,16 @@ def _stored_dtype(tensor: Tensor) -> torch.dtype:
 def _as_stored(name: str, tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
-    if not bool(tensor.isfinite().all()):
-        raise ModelError(
-            "the tensor is not finite", where=name, expected="finite numbers", found="NaN or infinity"
-        )
-    return tensor.float().clamp(-q.MAX_SCALE, q.MAX_SCALE).half()
+    out = torch.empty(tensor.numel(), dtype=torch.float16)
+    flat = tensor.reshape(-1)
+    for low, high in kernels.row_blocks(flat.numel(), 1):
+        block = flat[low:high].float()
+        if not bool(block.isfinite().all()):
+            raise ModelError(
+                "the tensor is not finite", where=name, expected="finite numbers", found="NaN or infinity"
+            )
+        out[low:high] = block.clamp(-q.MAX_SCALE, q.MAX_SCALE)
+    return out.reshape(tensor.shape)
 
 
 def _stored_shapes(

@@ -191,6 +191,8 @@ class FakeQuantize(torch.autograd.Function):
             block_scale = spread(scale[low:high], columns, group)
             offset = quant.zero if block_zero is None else spread(block_zero, columns, group)
             values = (weight[low:high] / block_scale).add_(offset).round_().clamp_(0, quant.max_code)
+            if zero is not None:
+                values.add_(0.0)  # -0.0 becomes 0.0, as the stored unsigned code has it
             values.sub_(offset).mul_(block_scale)
             if mask is not None:
                 values.masked_fill_(~mask[low:high], 0.0)

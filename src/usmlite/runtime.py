@@ -169,7 +169,8 @@ class Recognizer:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         single = isinstance(audio, (str, Path, np.ndarray))
         items: list[Audio] = [audio] if isinstance(audio, (str, Path, np.ndarray)) else list(audio)
-        language = self.adapter.language_code(language)
+        # Recordings of one language are decoded together: a language that is no question is not asked.
+        language = self.adapter.language_code(language or (None if self.adapter.is_multilingual else "en"))
         finished: dict[int, Transcript] = {}
         tracker = _Progress(items, progress)
         waiting = enumerate(items)

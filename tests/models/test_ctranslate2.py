@@ -168,7 +168,7 @@ def drop(name: str) -> Change:
         (replace("decoder/num_heads", np.asarray(0), "int16"), "number of heads"),
         (replace("decoder/num_heads", np.asarray(2.0), "float32"), "wrong form"),
         (replace("decoder/rotary", np.asarray(1), "int8"), "decoder/rotary"),
-        (replace("decoder/layer_0/adapter/weight", np.zeros((2, 2))), "which Whisper has not"),
+        (replace("decoder/layer_0/adapter/weight", np.zeros((2, 2))), "that Whisper has not"),
     ],
 )
 def test_contradictions_are_refused(tmp_path: Path, blobs, change: Change, message: str) -> None:

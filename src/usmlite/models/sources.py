@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -33,6 +34,15 @@ SUPPORTED = (
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # float16 files round the sinusoids, which lie within -1 and 1, by at most 2**-12.
 _SINUSOID_TOLERANCE = 2**-11
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
 _DAMAGED = "The files are damaged or contradict config.json: download the model again."
 
 
@@ -119,7 +129,7 @@ def _from_directory(path: Path, source: str) -> Teacher:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         _check_shapes(path, files, config)
         model = _pretrained(path, config, local=True)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except _LOADING_ERRORS as error:
         raise _unloadable(source, error, _DAMAGED) from error
     return _teacher(model, WhisperAdapter.from_directory(path, config), source)
 
@@ -130,7 +140,7 @@ def _from_hub(hub_id: str, source: str) -> Teacher:
         _check_settings(hub_id, config.to_dict())
         model = _pretrained(hub_id, config, local=False)
         tokenizer = cast(WhisperTokenizer, WhisperTokenizer.from_pretrained(hub_id))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except _LOADING_ERRORS as error:
         remedy = (
             f"Check the name and the connection to the hub, or give a local model. Supported are {SUPPORTED}."
         )
