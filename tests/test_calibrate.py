@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from usmlite import quantize as q
-from usmlite.calibrate import METHODS, calibrate, input_rows, solve
+from usmlite.calibrate import METHODS, _plan, _walk, calibrate, input_rows, solve
 from usmlite.errors import DataError, ModelError, SpecError
 from usmlite.sparsify import nm_mask
 from usmlite.spec import NM, CompressionSpec, Int, LayerSpec, Rule
@@ -153,17 +153,18 @@ def test_blocks_agree_with_the_column_by_column_method() -> None:
     weight, inputs = torch.randn(20, 300), correlated(900, 300)
     hessian = inputs.T @ inputs / len(inputs)
     quant = Int(4)
-    solution = solve(weight, hessian, LayerSpec(quant), damping=0.01)
+    plan, _, _ = _plan(hessian, LayerSpec(quant), 0.01, covering=False)
+    walked = _walk(weight, plan)
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(300)
     order = hessian.diagonal().argsort(descending=True).tolist()
-    assert solution.scale is not None
-    expected = naive(weight, damped, order, quant, solution.scale)
+    assert walked.scale is not None
+    expected = naive(weight, damped, order, quant, walked.scale)
     # A weight halfway between two codes may fall either way, and its row then goes its own way.
-    same_rows = (solution.values == expected).all(dim=1).float().mean()
-    assert same_rows > 0.7
-    assert output_error(weight, solution.values, inputs) == pytest.approx(
-        output_error(weight, expected, inputs), rel=0.02
-    )
+    assert (walked.values == expected).all(dim=1).float().mean() > 0.7
+    textbook = output_error(weight, expected, inputs)
+    assert output_error(weight, walked.values, inputs) == pytest.approx(textbook, rel=0.02)
+    solution = solve(weight, hessian, LayerSpec(quant), damping=0.01)
+    assert output_error(weight, solution.values, inputs) < textbook
 
 
 def test_uncorrelated_equal_inputs_leave_nothing_to_compensate() -> None:
@@ -173,7 +174,13 @@ def test_uncorrelated_equal_inputs_leave_nothing_to_compensate() -> None:
     mask = nm_mask(weight.abs(), NM(2, 4))
     pruned = weight.masked_fill(~mask, 0.0)
     scale, _ = q.min_error(pruned, mask, Int(4), None)
-    assert torch.equal(solution.values, q.fake_quantize(pruned, mask, scale, None, Int(4), None))
+    plain = q.fake_quantize(pruned, mask, scale, None, Int(4), None)
+    assert solution.mask is not None
+    assert torch.equal(solution.mask, mask)
+    # Only the scales are fitted better than the search over fractions does.
+    assert solution.scale is not None
+    assert torch.allclose(solution.scale, scale, rtol=0.1)
+    assert (solution.values - weight).square().sum() <= (plain - weight).square().sum()
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.01])

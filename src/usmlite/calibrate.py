@@ -52,6 +52,8 @@ _TINY = 1e-10
 # Pruned master weights end at most this far up to the least kept one of their group.
 _BELOW_KEPT = 0.95
 _DAMPING_TRIES = 12
+# Coordinate descent after the walk: three sweeps give nearly all of what eight do.
+_SWEEPS = 3
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ def input_rows(layer: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def _counted_positions(batch: Mapping[str, Tensor]) -> Tensor | None:
-    """bool `[batch, tokens]` of decoder positions that are not padding, or None if all count."""
+    """Decoder positions that are not padding, bool `[batch, tokens]`, or None if all count."""
     mask = batch.get("decoder_attention_mask")
     if mask is not None:
         return mask.bool()
@@ -439,6 +441,9 @@ def solve(
     turn; what pruning and rounding change in one is made up for by the columns still to come,
     along the Cholesky factor of the inverse Hessian. The mask of each N:M group, and the scale of
     each scale group, are chosen when the group is reached; a scale for the whole row is chosen first.
+    A second walk takes scales that suit the compensated weights; each row keeps the better walk.
+    Then codes and scales are improved in turn by coordinate descent, the masks staying. A row that
+    the plain start serves better keeps the plain start.
 
     Args:
         weight: float32 `[rows, columns]`.
@@ -451,8 +456,9 @@ def solve(
             then no kept weight lies outside the codes, and each group has one at the end of its range.
 
     Returns:
-        The solution. Its master weights are the compensated ones before rounding, moved as little
-        as needed that they round to the chosen codes and that their N:M mask is the chosen one.
+        The solution. Its master weights are the compensated ones before rounding, moved so that they
+        round to the chosen codes (from inside each code's interval) and that their N:M mask is the
+        chosen one.
     """
     rows, columns = weight.shape
     weight = weight.float()
@@ -483,7 +489,8 @@ class _Plan:
         spec: what the weight becomes.
         order: int64 `[columns]`, the column at each position of the walk.
         factor: float32 `[columns, columns]`, upper Cholesky factor of the inverse Hessian, in order.
-        squares: float32 `[columns]`, the Hessian's diagonal, in order.
+        hessian: float32 `[columns, columns]`, as it was given, not in order.
+        damped: the same with the damping on its diagonal.
         blocks: first and last position (exclusive) of each block; no group crosses a block's edge.
         patterns: position where an N:M group starts, to its width.
         groups: position where a scale group starts, to its width and number; empty if the scale is
@@ -494,7 +501,8 @@ class _Plan:
     spec: LayerSpec
     order: Tensor
     factor: Tensor
-    squares: Tensor
+    hessian: Tensor
+    damped: Tensor
     blocks: list[tuple[int, int]]
     patterns: dict[int, int]
     groups: dict[int, tuple[int, int]]
@@ -528,33 +536,65 @@ def _plan(hessian: Tensor, spec: LayerSpec, damping: float, covering: bool) -> t
             order.append(column)
     blocks.append((start, columns))
     ordered = torch.tensor(order, device=hessian.device)
-    factor, damping, notes = _inverse_factor(hessian[ordered][:, ordered], damping)
-    return _Plan(spec, ordered, factor, squares[ordered], blocks, patterns, groups, covering), damping, notes
+    back = torch.argsort(ordered)
+    factor, damped, damping, notes = _inverse_factor(hessian[ordered][:, ordered], damping)
+    damped = damped[back][:, back].contiguous()
+    plan = _Plan(spec, ordered, factor, hessian, damped, blocks, patterns, groups, covering)
+    return plan, damping, notes
 
 
-def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float, list[str]]:
-    """The upper triangular U with U^T U = (H + damping * mean(diag H) * I)^-1, float32."""
+def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, float, list[str]]:
+    """The upper triangular U with U^T U = D^-1, and D = H + damping * mean(diag H) * I, float32.
+
+    Also the damping that it took, and what was unusual.
+    """
     values = hessian.double()
     mean = float(values.diagonal().mean())
     identity = torch.eye(len(values), dtype=torch.float64, device=values.device)
+    equal = identity.float()
     if not mean > 0:
-        return identity.float(), damping, ["all inputs were zero: all counted alike"]
+        return equal, equal, damping, ["all inputs were zero: all counted alike"]
     used = damping
     for _ in range(_DAMPING_TRIES):
-        # From the last column up: H = R R^T with R upper triangular, hence U = R^-1.
-        lower, failed = torch.linalg.cholesky_ex((values + used * mean * identity).flip(0, 1))
+        damped = values + used * mean * identity
+        # From the last column up: D = R R^T with R upper triangular, hence U = R^-1.
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not int(failed):
-            inverse = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-            factor = inverse.float()
+            factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True).float()
             if bool(torch.isfinite(factor).all()) and bool((factor.diagonal() > 0).all()):
-                note = [] if used == damping else [f"damping raised from {damping:g} to {used:g}"]
-                return factor, used, note
+                notes = [] if used == damping else [f"damping raised from {damping:g} to {used:g}"]
+                return factor, damped.float(), used, notes
         used = max(used * 10.0, 1e-6)
-    return identity.float(), used, ["the Hessian could not be inverted: all inputs counted alike"]
+    return equal, equal, used, ["the Hessian could not be inverted: all inputs counted alike"]
 
 
 def _solve_rows(weight: Tensor, importance: Tensor, plan: _Plan) -> Solution:
     """`solve` for some of the rows."""
+    spec, quant, nm = plan.spec, plan.spec.quant, plan.spec.sparsity
+    found = _walk(weight, plan)
+    if quant is not None:
+        # Compensation changes the weights that the scales were chosen for: choose them again.
+        again = _walk(weight, plan, *_scales(found.master, found.mask, plan))
+        found = _better(found, again, weight, plan.damped)
+        found = _polish(weight, found, plan)
+    found = _better(found, _plain(weight, importance, plan), weight, plan.hessian)
+    master = _fit_kept(found, plan)
+    scale, zero, values = found.scale, found.zero, found.values
+    if quant is not None and scale is not None and plan.covering:
+        _fit_range(master, found.mask, scale, zero, spec)
+        pruned = _pruned(master, found.mask)
+        scale, zero = q.min_max(pruned, quant, spec.group)
+        values = q.fake_quantize(pruned, found.mask, scale, zero, quant, spec.group)
+    if found.mask is not None and nm is not None:
+        master = _fit_pruned(master, found.mask, importance, nm)
+    return Solution(master, values, found.mask, scale, zero, 0.0)
+
+
+def _walk(weight: Tensor, plan: _Plan, scale: Tensor | None = None, zero: Tensor | None = None) -> Solution:
+    """The walk over the columns; its master weights are the compensated ones as they are.
+
+    Scales are chosen on the way unless they are given.
+    """
     spec, quant, nm = plan.spec, plan.spec.quant, plan.spec.sparsity
     rows, columns = weight.shape
     # Transposed, so that the column at hand is contiguous.
@@ -566,15 +606,15 @@ def _solve_rows(weight: Tensor, importance: Tensor, plan: _Plan) -> Solution:
         kept = torch.empty(work.shape, dtype=torch.bool, device=work.device)
         for position, width in plan.patterns.items():
             _choose(work, kept, diagonal, position, width, nm)
-    scale = zero = row_scale = row_zero = None
+    given = scale is not None
+    row_scale = row_zero = None
     if quant is not None:
-        scale = torch.empty(rows, spec.scale_groups(columns), device=work.device)
-        zero = None if quant.symmetric else torch.empty_like(scale)
-        if spec.group is None:
-            row_scale, row_zero = _scale(work, kept, plan, 0, columns)
-            scale[:, 0] = row_scale
-            if zero is not None and row_zero is not None:
-                zero[:, 0] = row_zero
+        if scale is None:
+            scale = torch.empty(rows, spec.scale_groups(columns), device=work.device)
+            zero = None if quant.symmetric else torch.empty_like(scale)
+        if spec.group is None and not given:
+            _scale_into(scale, zero, 0, work, kept, plan, 0, columns)
+        row_scale, row_zero = scale[:, 0], None if zero is None else zero[:, 0]
     for start, stop in plan.blocks:
         errors = torch.empty(stop - start, rows, device=work.device)
         for position in range(start, stop):
@@ -582,36 +622,115 @@ def _solve_rows(weight: Tensor, importance: Tensor, plan: _Plan) -> Solution:
                 _choose(work, kept, diagonal, position, plan.patterns[position], nm)
             if scale is not None and position in plan.groups:
                 width, number = plan.groups[position]
-                row_scale, row_zero = _scale(work, kept, plan, position, width)
-                scale[:, number] = row_scale
-                if zero is not None and row_zero is not None:
-                    zero[:, number] = row_zero
+                if not given:
+                    _scale_into(scale, zero, number, work, kept, plan, position, width)
+                row_scale = scale[:, number].contiguous()
+                row_zero = None if zero is None else zero[:, number].contiguous()
             column, value = work[position], values[position]
-            if quant is None:
-                value.copy_(_to_half(column))
-            else:
-                assert row_scale is not None
-                offset = quant.zero if row_zero is None else row_zero
-                torch.div(column, row_scale, out=value)
-                value.add_(offset).round_().clamp_(_lowest_code(plan), quant.max_code)
-                value.sub_(offset).mul_(row_scale)
+            _round(column, row_scale, row_zero, plan, out=value)
             if kept is not None:
                 value.masked_fill_(~kept[position], 0.0)
             error = torch.sub(column, value, out=errors[position - start]).div_(diagonal[position])
             work[position + 1 : stop].addr_(plan.factor[position, position + 1 : stop], error, alpha=-1)
         work[stop:].addmm_(plan.factor[start:stop, stop:].T, errors, alpha=-1)
     back = torch.argsort(plan.order)
-    values = values[back].T.contiguous()
     mask = None if kept is None else kept[back].T.contiguous()
-    master = _fit_kept(work[back].T.contiguous(), values, scale, zero, plan)
-    if quant is not None and scale is not None and plan.covering:
-        _fit_range(master, mask, scale, zero, spec)
-        pruned = master if mask is None else master.masked_fill(~mask, 0.0)
-        scale, zero = q.min_max(pruned, quant, spec.group)
-        values = q.fake_quantize(pruned, mask, scale, zero, quant, spec.group)
-    if mask is not None and nm is not None:
-        master = _fit_pruned(master, mask, importance, nm)
-    return Solution(master, values, mask, scale, zero, 0.0)
+    return Solution(work[back].T.contiguous(), values[back].T.contiguous(), mask, scale, zero, 0.0)
+
+
+def _polish(weight: Tensor, found: Solution, plan: _Plan) -> Solution:
+    """Improves codes and scales in turn while the mask stays.
+
+    Coordinate descent: every column in turn is rounded from where the error of all the others
+    would have it (the walk only looks ahead); then each row's scale is fitted to its codes by
+    least squares. Neither can raise the error, but for the scale's rounding to float16.
+    """
+    quant, group = plan.spec.quant, plan.spec.group
+    assert quant is not None
+    assert found.scale is not None
+    columns = weight.shape[1]
+    scale, zero, hessian = found.scale, found.zero, plan.damped
+    squares = hessian.diagonal()
+    values, wanted = found.values.T.contiguous(), found.master.T.contiguous()
+    kept = None if found.mask is None else found.mask.T.contiguous()
+    original = weight.T.contiguous()
+    for _ in range(_SWEEPS):
+        pull = hessian @ (original - values)
+        if group is None and not plan.covering:
+            weighed = hessian @ values
+            size = (values * weighed).sum(dim=0)
+            ratio = torch.where(size > 0, 1.0 + (values * pull).sum(dim=0) / size, 1.0).clamp(0.5, 2.0)
+            fitted = q.round_scale(scale[:, 0] * ratio)
+            ratio = fitted / scale[:, 0]
+            pull -= weighed * (ratio - 1.0)
+            values, scale = values * ratio, fitted.unsqueeze(1)
+        for start in range(0, columns, _BLOCK_COLUMNS):
+            stop = min(start + _BLOCK_COLUMNS, columns)
+            before = values[start:stop].clone()
+            for column in range(start, stop):
+                number = 0 if group is None else column // group
+                value, target = values[column], wanted[column]
+                # Where the column would be best if it were not rounded; pruned ones stay as they were.
+                best = value + pull[column] / squares[column]
+                target.copy_(best if kept is None else torch.where(kept[column], best, target))
+                change = value.clone()
+                _round(target, scale[:, number], None if zero is None else zero[:, number], plan, out=value)
+                if kept is not None:
+                    value.masked_fill_(~kept[column], 0.0)
+                change.sub_(value)
+                pull[start:stop].addr_(hessian[start:stop, column], change)
+            changed = before.sub_(values[start:stop])
+            pull[:start].addmm_(hessian[:start, start:stop], changed)
+            pull[stop:].addmm_(hessian[stop:, start:stop], changed)
+    # The fit multiplied float values: take them from the codes again.
+    mask = found.mask
+    settled = q.fake_quantize(values.T.contiguous(), mask, scale, zero, quant, group)
+    return Solution(wanted.T.contiguous(), settled, mask, scale, zero, 0.0)
+
+
+def _plain(weight: Tensor, importance: Tensor, plan: _Plan) -> Solution:
+    """The start without compensation, as the student makes it."""
+    nm, quant = plan.spec.sparsity, plan.spec.quant
+    mask = None if nm is None else nm_mask(weight.abs() * importance.sqrt(), nm)
+    if quant is None:
+        return Solution(weight, _pruned(_to_half(weight), mask), mask, None, None, 0.0)
+    scale, zero = _scales(weight, mask, plan)
+    values = q.fake_quantize(_pruned(weight, mask), mask, scale, zero, quant, plan.spec.group)
+    return Solution(weight, values, mask, scale, zero, 0.0)
+
+
+def _better(one: Solution, other: Solution, weight: Tensor, hessian: Tensor) -> Solution:
+    """For each row the solution with the lesser output error."""
+
+    def errors(solution: Solution) -> Tensor:
+        difference = weight - solution.values
+        return ((difference @ hessian) * difference).sum(dim=1, keepdim=True)
+
+    better = errors(other) < errors(one)
+
+    def pick(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+        return None if first is None or second is None else torch.where(better, second, first)
+
+    return Solution(
+        torch.where(better, other.master, one.master), torch.where(better, other.values, one.values),
+        pick(one.mask, other.mask), pick(one.scale, other.scale), pick(one.zero, other.zero), 0.0,
+    )  # fmt: skip
+
+
+def _pruned(weight: Tensor, mask: Tensor | None) -> Tensor:
+    return weight if mask is None else weight.masked_fill(~mask, 0.0)
+
+
+def _round(column: Tensor, scale: Tensor | None, zero: Tensor | None, plan: _Plan, *, out: Tensor) -> None:
+    """Rounds one column `[rows]` to its codes' values, or to float16."""
+    quant = plan.spec.quant
+    if quant is None or scale is None:
+        out.copy_(_to_half(column))
+        return
+    offset = quant.zero if zero is None else zero
+    torch.div(column, scale, out=out)
+    out.add_(offset).round_().clamp_(_lowest_code(plan), quant.max_code)
+    out.sub_(offset).mul_(scale)
 
 
 def _choose(work: Tensor, kept: Tensor, diagonal: Tensor, position: int, width: int, nm: NM) -> None:
@@ -620,24 +739,33 @@ def _choose(work: Tensor, kept: Tensor, diagonal: Tensor, position: int, width: 
     kept[group] = nm_mask((work[group] / diagonal[group]).square_().T, nm).T
 
 
-def _scale(
-    work: Tensor, kept: Tensor | None, plan: _Plan, position: int, width: int
-) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point `[rows]` of the columns from `position`, as they are now."""
-    quant = plan.spec.quant
-    assert quant is not None
+def _scale_into(
+    scale: Tensor, zero: Tensor | None, number: int,
+    work: Tensor, kept: Tensor | None, plan: _Plan, position: int, width: int,
+) -> None:  # fmt: skip
+    """Chooses the scale and zero point of one group from its weights as they are now."""
     group = slice(position, position + width)
     mask = None if kept is None else kept[group].T.contiguous()
-    pruned = work[group].T.contiguous()
-    if mask is not None:
-        pruned.masked_fill_(~mask, 0.0)
+    found, found_zero = _scales(work[group].T.contiguous(), mask, plan, plan.order[group])
+    scale[:, number] = found[:, 0]
+    if zero is not None and found_zero is not None:
+        zero[:, number] = found_zero[:, 0]
+
+
+def _scales(
+    weight: Tensor, mask: Tensor | None, plan: _Plan, columns: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points for a weight, or one for these columns of it."""
+    quant = plan.spec.quant
+    assert quant is not None
+    group = plan.spec.group if columns is None else None
+    pruned = _pruned(weight, mask)
     if plan.covering:
-        scale, zero = q.min_max(pruned, quant, None)
-    else:
-        squares = plan.squares[group]
-        importance = squares if bool((squares > 0).any()) else None
-        scale, zero = q.min_error(pruned, mask, quant, None, importance=importance)
-    return scale[:, 0].contiguous(), None if zero is None else zero[:, 0].contiguous()
+        return q.min_max(pruned, quant, group)
+    squares = plan.hessian.diagonal()
+    squares = squares if columns is None else squares[columns]
+    importance = squares if bool((squares > 0).any()) else None
+    return q.min_error(pruned, mask, quant, group, importance=importance)
 
 
 def _lowest_code(plan: _Plan) -> int:
@@ -653,16 +781,15 @@ def _to_half(values: Tensor) -> Tensor:
 # -- master weights that stand for the solution -------------------------------------------------
 
 
-def _fit_kept(
-    compensated: Tensor, values: Tensor, scale: Tensor | None, zero: Tensor | None, plan: _Plan
-) -> Tensor:
+def _fit_kept(found: Solution, plan: _Plan) -> Tensor:
     """Moves the weights into the rounding intervals of their codes, and away from zero.
 
     At zero a kept weight would tie with pruned ones when masks are recomputed.
     """
     spec, quant = plan.spec, plan.spec.quant
+    wanted, values, scale, zero = found.master, found.values, found.scale, found.zero
     if quant is None or scale is None:
-        return torch.where(compensated.abs() < _TINY, torch.full_like(compensated, _TINY), compensated)
+        return torch.where(wanted.abs() < _TINY, torch.full_like(wanted, _TINY), wanted)
     columns = values.shape[1]
     step = q.spread(scale, columns, spec.group)
     low, high = values - _HALF_STEP * step, values + _HALF_STEP * step
@@ -670,7 +797,7 @@ def _fit_kept(
         offset = quant.zero if zero is None else q.spread(zero, columns, spec.group)
         low = torch.maximum(low, (_lowest_code(plan) - offset) * step)
         high = torch.minimum(high, (quant.max_code - offset) * step)
-    master = compensated.clamp(low, high)
+    master = wanted.clamp(low, high)
     least = (_LEAST_STEP * step).expand_as(master)
     return torch.where(master.abs() < least, torch.where(high >= least, least, -least), master)
 
