@@ -63,7 +63,7 @@ def compress(recipe: Recipe, output: Path, *, console: Console | None = None) ->
         claim(output, recipe)
     teacher = load_teacher(recipe.model.source)
     speech = Speech.load(recipe)
-    console.print(plan(recipe, spec, teacher, speech))
+    console.print(plan(recipe, spec, teacher, speech), markup=False)
 
     student, calibration = start_student(recipe, spec, teacher, speech, output, console)
     outcome: training.Outcome | None = None

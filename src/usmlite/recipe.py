@@ -52,7 +52,7 @@ class DataRecipe:
     dev: str | None = _key(
         None, "speech with text for choosing the best checkpoint; without it the last is kept"
     )
-    test: str | None = _key(None, "speech with text for the final table; dev is used if this is left out")
+    test: str | None = _key(None, "speech with text for the final table; without it the part of dev serves")
     targets: str = _key(
         "teacher",
         "what the student is trained to say: the teacher's own transcripts or the corpus text",
@@ -150,7 +150,7 @@ class TrainingRecipe:
     clip: float = _key(1.0, "gradients are clipped to this norm")
     kl: float = _key(1.0, "weight of the KL divergence from the teacher's token distribution")
     ce: float = _key(0.2, "weight of the cross-entropy on the target text")
-    states: float = _key(1.0, "weight of the match of encoder states")
+    states: float = _key(10.0, "weight of the match of encoder states")
     temperature: float = _key(1.0, "temperature of the KL term")
     spec_augment: bool = _key(
         False, "mask bands of time and frequency in what the student hears (SpecAugment)"
