@@ -348,8 +348,9 @@ def _start(
 ) -> LayerCalibration:
     started = time.perf_counter()
     compression = layer.compression
+    weight = weight.to(layer.weight.device)
     matrix = to_matrix(weight).float()
-    hessian = moments.hessian
+    hessian = moments.hessian.to(weight.device)
     before = _relative_error(matrix, to_matrix(fake_quantized(layer)), hessian)
     used, notes = None, []
     if not moments.count and not moments.identity:
@@ -518,7 +519,8 @@ def _plan(hessian: Tensor, spec: LayerSpec, damping: float, covering: bool) -> t
     units = list(zip(edges, [*edges[1:], columns], strict=True))
     squares = hessian.diagonal()
     # The strongest inputs first: while there are many columns left to make up for their error.
-    strength = [float(squares[first:last].mean()) for first, last in units]
+    known = squares.cpu()
+    strength = [float(known[first:last].mean()) for first, last in units]
     units = [units[i] for i in sorted(range(len(units)), key=lambda i: -strength[i])]
     order: list[int] = []
     blocks, patterns, groups = [], {}, {}

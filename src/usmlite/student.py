@@ -304,7 +304,8 @@ class CompressedConv1d(nn.Conv1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """`[batch, in, frames]` to `[batch, out, frames']`."""
-        return self._conv_forward(input, self.compression(self.weight), self.bias)
+        out: Tensor = self._conv_forward(input, self.compression(self.weight), self.bias)
+        return out
 
 
 class CompressedEmbedding(nn.Embedding):
