@@ -70,9 +70,8 @@ def compress(recipe: Recipe, output: Path, *, console: Console | None = None) ->
     if recipe.training.steps:
         with processes.main_process_first():
             targets, left_out = training_targets(recipe, teacher, speech, output, console)
-        console.print(
-            f"Training on {len(targets)} utterances ({left_out} left out: the teacher got them wrong)."
-        )
+        if left_out:
+            console.print(f"{left_out} utterances left out: the teacher got them wrong.")
         with _training_bar(console, recipe.training.steps) as tell:
             outcome = training.finetune(
                 student,

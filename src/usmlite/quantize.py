@@ -100,23 +100,17 @@ def min_error(
     """
     full, zero = min_max(weight, quant, group)
     best, best_error = full, torch.full_like(full, float("inf"))
-    best_zero = zero
-    low = min(smallest, 1.0 / quant.max_code)
-    for fraction in torch.linspace(low if quant.bits < 3 else smallest, 1.0, candidates).tolist():
+    low = min(smallest, 1.0 / quant.max_code) if quant.bits < 3 else smallest
+    for fraction in torch.linspace(low, 1.0, candidates).tolist():
         scale = round_scale(full * fraction)
-        if quant.symmetric:
-            tried_zero = None
-        else:
-            assert zero is not None
-            tried_zero = zero
-        error = (fake_quantize(weight, mask, scale, tried_zero, quant, group) - weight).square_()
+        error = (fake_quantize(weight, mask, scale, zero, quant, group) - weight).square_()
         if importance is not None:
             error *= importance
         total = _grouped(error, group, 0.0).sum(dim=-1)
         better = total < best_error
         best = torch.where(better, scale, best)
         best_error = torch.where(better, total, best_error)
-    return best, best_zero
+    return best, zero
 
 
 def quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, quant: Int, group: int | None) -> Tensor:
