@@ -121,7 +121,8 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -132,7 +133,11 @@ def main() -> None:
         "--precision", choices=("float32", "bf16"), default="float32", help="of the evaluation"
     )
     parser.add_argument("--table", action="store_true", help="rewrite the README's table")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = build_parser().parse_args()
     if arguments.data is not None:
         recipes = sorted(path.stem for path in RECIPES.glob("*.toml"))
         for name in arguments.only or ["dense", *recipes]:
