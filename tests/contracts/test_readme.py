@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import runpy
 import shlex
 import shutil
 from pathlib import Path
@@ -76,6 +77,8 @@ def test_shell_lines_are_real(line: str) -> None:
     elif words[0] == "make":
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert words[1] in targets
+    elif words[0] == "python" and words[1].startswith("benchmarks/"):
+        runpy.run_path(str(ROOT / words[1]))["build_parser"]().parse_args(words[2:])
     else:
         pytest.fail(f"no test knows how to check: {line}")
 
