@@ -116,7 +116,7 @@ def table() -> str:
         "",
         f"{one['utterance_count']} utterances, {one['audio_seconds'] / 3600:.2f} h of test-clean; "
         f"greedy, {one['precision']}; intervals by bootstrap over utterances, differences paired on the same "
-        f"utterances. Machine: {one['machine'].get('processor', 'unknown processor')}.",
+        f"utterances. Machine: {one['machine']['cpu']}.",
     ]
     return "\n".join(lines)
 
