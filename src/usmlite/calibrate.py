@@ -332,10 +332,8 @@ def _source(teacher: nn.Module, name: str, layer: CompressedLayer) -> nn.Module 
         )
     if isinstance(module, (nn.Linear, nn.Conv1d)):
         return module
-    # The rows of an embedding are looked up, but tied ones are also multiplied, as output projection.
-    for other in teacher.modules():
-        if isinstance(other, nn.Linear) and other.weight is weight:
-            return other
+    # An embedding's rows are looked up whole, also where they are tied to the output projection. Rounding
+    # them for the projection's inputs alone spoils them as inputs: Whisper then repeats words without end.
     return None
 
 
