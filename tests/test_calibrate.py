@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -296,7 +297,7 @@ def test_a_whole_whisper(whisper: WhisperForConditionalGeneration, method: str) 
     assert samples["model.encoder.layers.0.self_attn.q_proj"] == 3 * 20
     assert samples["model.decoder.layers.0.encoder_attn.k_proj"] == 3 * 20
     assert samples["model.decoder.layers.0.encoder_attn.q_proj"] == 3 * 6
-    assert samples["model.decoder.embed_tokens"] == 0  # looked up whole: rounded for itself
+    assert samples["model.decoder.embed_tokens"] == 3 * 6  # those of the tied output projection
     assert samples["model.decoder.embed_positions"] == 0
     assert not report.notes
     assert update_masks(student) == 0
@@ -307,6 +308,21 @@ def test_a_whole_whisper(whisper: WhisperForConditionalGeneration, method: str) 
     assert len(found["layers"]) == len(names)
     if method == "hessian":
         assert all(layer.error_after <= layer.error_before * 1.001 for layer in report.layers)
+
+
+def test_a_tied_table_is_rounded_for_both_of_its_uses(whisper: WhisperForConditionalGeneration) -> None:
+    teacher = copy.deepcopy(whisper)
+    table = teacher.model.decoder.embed_tokens.weight
+    with torch.no_grad():
+        table[:, 3] *= 20
+    spec = CompressionSpec((Rule("*", LayerSpec(Int(3), column_scales=True), "embedding"),))
+    student = make_student(teacher, compressible(teacher), spec)
+    (layer,) = calibrate(student, teacher, [speech()], method="hessian").layers
+    rounded = fake_quantized(student.get_submodule("model.decoder.embed_tokens"))
+    others = [column for column in range(16) if column != 3]
+    as_rows = (rounded - table)[:, others].square().sum() / table[:, others].square().sum()
+    assert as_rows < 0.15
+    assert layer.error_after < 0.05
 
 
 def test_padded_decoder_positions_are_not_counted(whisper: WhisperForConditionalGeneration) -> None:

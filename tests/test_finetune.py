@@ -42,6 +42,7 @@ def recipe(steps: int = 6, **training: object) -> Recipe:
         "checkpoint_every": 2,
         "eval_every": 3,
         "learning_rate": 3e-3,
+        "embedding_learning_rate": 1e-3,
         **training,
     }
     return build_recipe({"training": settings, "student": {"mask_every": 1}})
@@ -101,6 +102,19 @@ def test_a_run_cut_off_anywhere_ends_like_one_that_was_not(speech, tmp_path, mon
         for name in ("whole", "cut")
     ]
     assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-3])
+def test_the_embedding_learns_at_its_own_rate(speech, tmp_path, rate):
+    start, _ = small_student()
+    student, _ = run(speech, tmp_path, recipe(3, embedding_learning_rate=rate))
+    moved = {
+        name: not torch.equal(value, student_tensors(start)[name])
+        for name, value in student_tensors(student).items()
+    }
+    assert moved["model.decoder.embed_tokens.weight"] == (rate > 0)
+    assert moved["model.decoder.embed_tokens.compression.log_scale"] == (rate > 0)
+    assert moved["model.decoder.layers.0.fc1.weight"]
 
 
 def test_the_best_student_by_dev_wer_is_kept(speech, tmp_path):

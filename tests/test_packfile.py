@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -98,6 +99,9 @@ def read_by_the_document(spec: LayerSpec, columns: int, parts: dict[str, Any], r
         group = 0 if spec.group is None else column // spec.group
         zero = spec.quant.zero if spec.quant.symmetric else int(parts["zero"][row][group])
         out[column] = (codes[slot] - zero) * float(parts["scale"][row][group])
+        if spec.column_scales:
+            # Both products are rounded to float32.
+            out[column] = float(np.float32(out[column]) * np.float32(parts["column_scale"][column]))
     return out
 
 
@@ -109,6 +113,8 @@ def read_by_the_document(spec: LayerSpec, columns: int, parts: dict[str, Any], r
         (LayerSpec(Int(5, symmetric=False), NM(7, 16), 20), 45),
         (LayerSpec(Int(2, grid="midrise"), NM(16, 32)), 70),
         (LayerSpec(Int(7)), 19),
+        (LayerSpec(Int(3), None, None, column_scales=True), 21),
+        (LayerSpec(Int(5, symmetric=False), NM(2, 4), 8, column_scales=True), 30),
         (LayerSpec(None, NM(3, 5)), 23),
     ],
     ids=str,
@@ -122,6 +128,8 @@ def test_another_reader_reads_the_same(spec: LayerSpec, columns: int) -> None:
         scale, zero = q.min_max(weight, spec.quant, spec.group)
         codes = q.quantize(weight, scale, zero, spec.quant, spec.group)
     parts = packfile.pack_rows(spec, codes, mask=mask, scale=scale, zero=zero)
+    if spec.column_scales:
+        parts["column_scale"] = torch.rand(columns).half() + 0.5
     assert {k: v.numel() * v.element_size() for k, v in parts.items()} == spec.sizes(3, columns)
     dense = kernels.unpack(packfile.packed_weight(spec, (3, columns), parts, where="w"))
     for row in range(3):
@@ -164,6 +172,14 @@ def test_impossible_scales_are_named(bad: float) -> None:
     parts = parts_of(spec)
     parts["scale"][2, 0] = bad
     with pytest.raises(PackedModelError, match=r"file: w\.scale: impossible scale .*above 0, found"):
+        packfile.packed_weight(spec, (4, 24), parts, where="file: w")
+
+
+def test_an_impossible_column_scale_is_named() -> None:
+    spec = LayerSpec(Int(4), column_scales=True)
+    parts = parts_of(spec) | {"column_scale": torch.ones(24).half()}
+    parts["column_scale"][7] = 0.0
+    with pytest.raises(PackedModelError, match=r"w\.column_scale: impossible scale .*above 0, found"):
         packfile.packed_weight(spec, (4, 24), parts, where="file: w")
 
 
@@ -616,6 +632,7 @@ def test_part_shapes_cost_what_the_spec_says() -> None:
         LayerSpec(Int(3, symmetric=False), NM(5, 9), 7),
         LayerSpec(None, NM(2, 4)),
         LayerSpec(Int(8)),
+        LayerSpec(Int(3), column_scales=True),
     ):
         for shape in ((5, 31), (7, 3, 3)):
             rows, columns = matrix_shape(shape)

@@ -218,7 +218,9 @@ def test_unused_rules() -> None:
         4, first=[Rule("*.fc3", LayerSpec(Int(2))), Rule("*.fc1", LayerSpec(Int(3)))]
     )
     unused = spec.unused({"a.fc1": "linear", "a.fc2": "linear", "conv": "conv1d"})
-    assert [(rule.match, rule.kind) for rule in unused] == [("*.fc3", None), ("*", "positions")]
+    assert [(rule.match, rule.kind) for rule in unused] == [
+        ("*.fc3", None), ("*", "positions"), ("*", "embedding"),
+    ]  # fmt: skip
 
 
 @given(
@@ -246,3 +248,30 @@ def test_matrix_shape() -> None:
     for shape in itertools.chain([()], [(3,)], [(1, 2, 3, 4)]):
         with pytest.raises(SpecError, match="unsupported shape"):
             matrix_shape(shape)
+
+
+@pytest.mark.parametrize(
+    ("bits", "sparsity", "wanted", "expected"),
+    [
+        (4, "2:4", None, 3), (4, "1:4", None, 2), (2, "2:4", None, 2), (8, "2:4", None, 5),
+        (4, None, None, 4), (1, None, None, 1), (4, "2:4", 6, 6), (None, "2:4", 3, 3),
+    ],
+)  # fmt: skip
+def test_embeddings_are_dense_with_bits_for_equal_bytes(
+    bits: int | None, sparsity: str | None, wanted: int | None, expected: int
+) -> None:
+    spec = CompressionSpec.simple(bits, sparsity, embedding_bits=wanted).resolve("x", "embedding")
+    assert spec == LayerSpec(Int(expected), column_scales=True)
+    if wanted is None and bits is not None:
+        pruned = LayerSpec(Int(bits), None if sparsity is None else NM.parse(sparsity))
+        assert spec.sizes(7, 480)["codes"] >= pruned.bytes(7, 480) - 7 * 2
+
+
+def test_column_scales_survive_their_dict_and_need_codes() -> None:
+    spec = LayerSpec(Int(3), column_scales=True)
+    assert LayerSpec.from_dict(spec.to_dict()) == spec
+    assert str(spec) == "int3 column scales"
+    with pytest.raises(SpecError, match="column_scales"):
+        LayerSpec(None, NM(2, 4), column_scales=True)
+    with pytest.raises(SpecError, match="true or false"):
+        LayerSpec.from_dict({"bits": 3, "column_scales": 1})

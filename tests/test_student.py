@@ -9,6 +9,7 @@ from usmlite.errors import ModelError, SpecError
 from usmlite.spec import NM, CompressionSpec, Int, LayerSpec, Rule
 from usmlite.student import (
     StudentOptions,
+    WeightCompression,
     attach,
     compressed_layers,
     decay_pruned,
@@ -65,11 +66,34 @@ def test_every_covered_weight_is_pruned_then_quantized(teacher, scales, bits):
     for name, layer in compressed_layers(student):
         values = to_matrix(fake_quantized(layer))
         spec = layer.compression.spec
+        if layer.compression.column_scale is not None:
+            values = values / layer.compression.column_scale
+            values = (values * 2**20).round()  # the division undoes the product up to rounding
         if spec.sparsity is not None:
             columns = values.shape[1] // 4 * 4
             assert ((values[:, :columns].reshape(-1, 4) != 0).sum(-1) <= 2).all(), name
         if spec.quant is not None:
             assert all(len(row.unique()) <= 2**spec.quant.bits + 1 for row in values), name
+
+
+def test_column_scales_keep_large_columns_from_taking_the_codes():
+    torch.manual_seed(3)
+    weight = torch.randn(64, 32)
+    weight[:, 5] *= 30
+    errors = {}
+    for column_scales in (False, True):
+        compression = WeightCompression(
+            weight, LayerSpec(Int(4), column_scales=column_scales), StudentOptions()
+        )
+        found = compression(weight)
+        errors[column_scales] = (found - weight)[:, :5].square().mean() / weight[:, :5].square().mean()
+        # Straight through: the gradient of the weight is that of what it became, where it is not clipped.
+        leaf = weight.clone().requires_grad_()
+        compression(leaf).sum().backward()
+        assert torch.allclose(leaf.grad[leaf.grad != 0], torch.ones(()))
+        assert (leaf.grad != 0).float().mean() > 0.9
+    assert errors[False] > 0.5
+    assert errors[True] < 0.03
 
 
 def test_the_tied_projection_computes_with_the_embeddings_compressed_weight(teacher):

@@ -52,6 +52,8 @@ _TINY = 1e-10
 # Pruned master weights end at most this far up to the least kept one of their group.
 _BELOW_KEPT = 0.95
 _DAMPING_TRIES = 12
+# For tables of rows: how much a row counts as itself next to its use as the weight of a projection.
+_TABLE_DAMPING = 1.0
 # Coordinate descent after the walk: three sweeps give nearly all of what eight do.
 _SWEEPS = 3
 
@@ -179,11 +181,12 @@ class Moments:
     Attributes:
         total: float32 `[columns, columns]`.
         count: how many vectors.
+        is_table: the weight's rows are looked up as well; without any vector, they are only that.
     """
 
     total: Tensor
     count: int = 0
-    identity: bool = False
+    is_table: bool = False
 
     @property
     def hessian(self) -> Tensor:
@@ -282,12 +285,12 @@ def _collect(
     device = next(teacher.parameters()).device
     with ExitStack() as stack:
         for name, layer in layers.items():
-            source = _source(teacher, name, layer)
+            source, is_table = _source(teacher, name, layer)
             columns = to_matrix(layer.weight).shape[1]
-            if source is None:
-                collector.moments[name] = Moments(torch.zeros(columns, columns, device=device), identity=True)
-                continue
             hook = collector.hook(name, columns, device)
+            collector.moments[name].is_table = is_table
+            if source is None:
+                continue
             stack.callback(source.register_forward_pre_hook(hook, with_kwargs=True).remove)
         was_training = teacher.training
         stack.callback(teacher.train, was_training)
@@ -316,8 +319,11 @@ def _collect(
     return collector.moments, count
 
 
-def _source(teacher: nn.Module, name: str, layer: CompressedLayer) -> nn.Module | None:
-    """The teacher's module whose inputs the layer's columns are multiplied by; None for a table."""
+def _source(teacher: nn.Module, name: str, layer: CompressedLayer) -> tuple[nn.Module | None, bool]:
+    """The teacher's module whose inputs the layer's columns are multiplied by, and whether it is a table.
+
+    A table of rows that is tied to no projection has no such module.
+    """
     try:
         module = teacher.get_submodule(name)
     except AttributeError:
@@ -331,10 +337,9 @@ def _source(teacher: nn.Module, name: str, layer: CompressedLayer) -> nn.Module 
             found=list(weight.shape) if isinstance(weight, Tensor) else type(module).__name__,
         )
     if isinstance(module, (nn.Linear, nn.Conv1d)):
-        return module
-    # An embedding's rows are looked up whole, also where they are tied to the output projection. Rounding
-    # them for the projection's inputs alone spoils them as inputs: Whisper then repeats words without end.
-    return None
+        return module, False
+    tied = (m for m in teacher.modules() if isinstance(m, nn.Linear) and m.weight is weight)
+    return next(tied, None), True
 
 
 # -- one layer ----------------------------------------------------------------------------------
@@ -347,14 +352,21 @@ def _start(
     started = time.perf_counter()
     compression = layer.compression
     weight = weight.to(layer.weight.device)
-    matrix = to_matrix(weight).float()
-    hessian = moments.hessian.to(weight.device)
-    before = _relative_error(matrix, to_matrix(fake_quantized(layer)), hessian)
+    whole, seen = to_matrix(weight).float(), moments.hessian.to(weight.device)
+    before = _relative_error(whole, to_matrix(fake_quantized(layer)), seen)
     used, notes = None, []
-    if not moments.count and not moments.identity:
+    if not moments.count and not moments.is_table:
         notes.append("never reached by the batches: all inputs counted alike")
     layer.weight.copy_(weight)
     compression.importance.fill_(1.0)
+    matrix, hessian, scale = whole, seen, None
+    if compression.column_scale is not None:
+        scale = compression.column_scale.copy_(q.column_scales(whole))
+        matrix, hessian = compression.matrix(weight).float(), seen * scale * scale.unsqueeze(1)
+    if moments.is_table:
+        # Its rows are looked up whole, also where an output projection shares them. Rounded for the
+        # projection's inputs alone they are spoiled as inputs: Whisper then repeats words without end.
+        damping = max(damping, _TABLE_DAMPING)
     if method != "magnitude":
         compression.importance.copy_(_importance(hessian))
     if method == "hessian":
@@ -368,14 +380,15 @@ def _start(
         )
         used = solution.damping
         notes += solution.notes
-        layer.weight.copy_(from_matrix(solution.master, layer.weight.shape))
+        master = solution.master if scale is None else solution.master * scale
+        layer.weight.copy_(from_matrix(master, layer.weight.shape))
         if compression.mask is not None and solution.mask is not None:
             compression.mask.copy_(solution.mask)
         if solution.scale is not None:
             compression.set_scales(solution.scale, solution.zero)
     else:
         compression.start(layer.weight)
-    after = _relative_error(matrix, to_matrix(fake_quantized(layer)), hessian)
+    after = _relative_error(whole, to_matrix(fake_quantized(layer)), seen)
     return LayerCalibration(
         name, str(compression.spec), matrix.shape[0], matrix.shape[1], moments.count, before, after, used,
         time.perf_counter() - started, "; ".join(notes),

@@ -62,6 +62,7 @@ def compress(recipe: Recipe, output: Path, *, console: Console | None = None) ->
     with processes.main_process_first():
         claim(output, recipe)
     teacher = load_teacher(recipe.model.source)
+    teacher.adapter.centre(teacher.model)
     speech = Speech.load(recipe)
     console.print(plan(recipe, spec, teacher, speech), markup=False)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -158,15 +158,24 @@ def autocast_precision(choice: str, device: torch.device) -> str:
 
 
 def make_optimizer(student: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW with a group for the weights and one for the learned scales."""
+    """AdamW with groups for the weights, the learned scales and the token embedding.
+
+    The embedding has a rate of its own because most of its rows are words that the speech never has: all
+    they get is the noise of the softmax, which Adam would scale up to full steps.
+    """
     training = recipe.training
-    scales = [p for n, p in student.named_parameters() if n.endswith("log_scale")]
-    chosen = {id(p) for p in scales}
-    weights = [p for p in student.parameters() if p.requires_grad and id(p) not in chosen]
-    groups = [
-        {"params": weights, "peak": training.learning_rate, "weight_decay": training.weight_decay},
-        {"params": scales, "peak": training.scale_learning_rate, "weight_decay": 0.0},
+    embedding = {id(p): p for p in cast(Any, student).get_input_embeddings().parameters()}
+    for parameter in embedding.values():
+        parameter.requires_grad_(training.embedding_learning_rate > 0)
+    groups: list[dict[str, Any]] = [
+        {"params": [], "peak": training.learning_rate, "weight_decay": training.weight_decay},
+        {"params": [], "peak": training.scale_learning_rate, "weight_decay": 0.0},
+        {"params": [], "peak": training.embedding_learning_rate, "weight_decay": 0.0},
     ]
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            group = 2 if id(parameter) in embedding else int(name.endswith("log_scale"))
+            groups[group]["params"].append(parameter)
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=training.learning_rate, fused=True
     )

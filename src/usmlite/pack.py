@@ -20,7 +20,7 @@ from usmlite import quantize as q
 from usmlite.errors import ModelError, UsmliteError
 from usmlite.packfile import CONFIG_NAME, WEIGHTS_NAME, Manifest, PackedLayer, WeightsFile, WeightsWriter
 from usmlite.spec import matrix_shape
-from usmlite.student import CompressedLayer, WeightCompression, compressed_layers, to_matrix
+from usmlite.student import CompressedLayer, WeightCompression, compressed_layers
 
 
 class Processor(Protocol):
@@ -121,10 +121,12 @@ def pack_layer(name: str, layer: CompressedLayer) -> dict[str, Tensor]:
     }
     weight = layer.weight.detach()
     # Min-max scales follow each row's weights and are found block by block.
+    if compression.column_scale is not None:
+        parts["column_scale"].copy_(compression.column_scale)
     follows = compression.log_scale is None and compression.scale is None
     given = None if follows or spec.quant is None else compression.scales(weight)
     for low, high in kernels.row_blocks(rows, columns):
-        matrix = to_matrix(weight[low:high]).float()
+        matrix = compression.matrix(weight[low:high]).float()
         if not bool(matrix.isfinite().all()):
             raise ModelError(
                 "the weight is not finite", where=f"{name}.weight", expected="finite numbers",

@@ -256,7 +256,7 @@ def _fill(model: nn.Module, manifest: Manifest, weights: WeightsFile, hold: Hold
 
 def _copied(weight: kernels.PackedWeight) -> kernels.PackedWeight:
     """Out of the mapped file, so that what happens to the file later cannot matter."""
-    tensors = {name: getattr(weight, name) for name in ("codes", "scale", "zero", "pattern")}
+    tensors = {name: getattr(weight, name) for name in ("codes", "scale", "zero", "pattern", "column_scale")}
     copies: dict[str, Any] = {
         name: None if value is None else value.clone() for name, value in tensors.items()
     }

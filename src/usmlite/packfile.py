@@ -33,7 +33,7 @@ QUANT_METHOD = "usmlite"
 FORMAT_VERSION = 1
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
-PARTS = ("codes", "values", "scale", "zero", "pattern")
+PARTS = ("codes", "values", "scale", "zero", "column_scale", "pattern")
 
 _MAX_CONFIG_BYTES = 16 << 20
 _MAX_HEADER_BYTES = 64 << 20
@@ -65,12 +65,12 @@ _AGAIN = "Copy or download the packed model again."
 # One weight
 
 
-def part_shapes(spec: LayerSpec, rows: int, columns: int) -> dict[str, tuple[torch.dtype, tuple[int, int]]]:
+def part_shapes(spec: LayerSpec, rows: int, columns: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of each stored part of a `[rows, columns]` weight; none for a kept weight."""
     if spec.is_kept:
         return {}
     stored, groups = spec.stored_columns(columns), spec.scale_groups(columns)
-    parts: dict[str, tuple[torch.dtype, tuple[int, int]]] = {}
+    parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     if spec.quant is None:
         parts["values"] = (torch.float16, (rows, stored))
     else:
@@ -78,6 +78,8 @@ def part_shapes(spec: LayerSpec, rows: int, columns: int) -> dict[str, tuple[tor
         parts["scale"] = (torch.float16, (rows, groups))
         if not spec.quant.symmetric:
             parts["zero"] = (torch.uint8, (rows, groups))
+        if spec.column_scales:
+            parts["column_scale"] = (torch.float16, (columns,))
     if spec.sparsity is not None:
         code = spec.sparsity.code
         words = math.ceil(math.ceil(columns / spec.sparsity.m) / code.groups)
@@ -229,6 +231,7 @@ def packed_weight(
         codes=parts["values" if spec.quant is None else "codes"],
         scale=parts.get("scale"),
         zero=parts.get("zero"),
+        column_scale=parts.get("column_scale"),
         pattern=parts.get("pattern"),
     )
     _check_values(weight, where)
@@ -238,12 +241,13 @@ def packed_weight(
 def _check_values(weight: kernels.PackedWeight, where: str) -> None:
     if weight.bits is None:
         check_finite(weight.codes, f"{where}.values")
-    if weight.scale is not None and not bool((weight.scale > 0).all() & weight.scale.isfinite().all()):
-        bad = weight.scale[~((weight.scale > 0) & weight.scale.isfinite())]
-        raise PackedModelError(
-            "impossible scale", where=f"{where}.scale", expected="finite numbers above 0",
-            found=f"{bad[0].item()} ({bad.numel()} such)", remedy=_AGAIN,
-        )  # fmt: skip
+    for part, scale in (("scale", weight.scale), ("column_scale", weight.column_scale)):
+        if scale is not None and not bool((scale > 0).all() & scale.isfinite().all()):
+            bad = scale[~((scale > 0) & scale.isfinite())]
+            raise PackedModelError(
+                "impossible scale", where=f"{where}.{part}", expected="finite numbers above 0",
+                found=f"{bad[0].item()} ({bad.numel()} such)", remedy=_AGAIN,
+            )  # fmt: skip
     if weight.zero is not None and weight.bits is not None:
         highest = int(weight.zero.max())
         if highest >= 1 << weight.bits:

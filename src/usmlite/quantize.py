@@ -46,6 +46,23 @@ def round_scale(scale: Tensor) -> Tensor:
     return scale.clamp(MIN_SCALE, MAX_SCALE).half().float()
 
 
+def column_scales(weight: Tensor) -> Tensor:
+    """One scale a column: its root mean square over that of the whole weight, so that 1 changes nothing.
+
+    Args:
+        weight: float32 `[rows, columns]`.
+
+    Returns:
+        float32 `[columns]`, rounded as float16. Empty columns get the scale of the smallest other one.
+    """
+    size = weight.square().mean(dim=0).sqrt()
+    present = size[size > 0]
+    if not len(present):
+        return torch.ones_like(size)
+    size = size.clamp(min=float(present.min()))
+    return round_scale(size / size.square().mean().sqrt())
+
+
 def min_max(weight: Tensor, quant: Int, group: int | None) -> tuple[Tensor, Tensor | None]:
     """Scales that just cover the largest weights.
 

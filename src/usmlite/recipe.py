@@ -84,6 +84,11 @@ class SpecRecipe:
         "levels: 'integer' has a zero, 'midrise' lies around zero (good at 1 and 2 bits)",
         choices=("integer", "midrise"),
     )
+    embedding_bits: int = _key(
+        0,
+        "bits of token embeddings, which are not pruned; 0 for the least that cost no fewer bytes than "
+        "pruned ones of the other bits (3 for int4 with 2:4)",
+    )
     rules: tuple[dict[str, Any], ...] = ()
 
     def build(self) -> CompressionSpec:
@@ -104,6 +109,7 @@ class SpecRecipe:
             self.group or None,
             symmetric=self.symmetric,
             grid=typing.cast("Any", self.grid),
+            embedding_bits=self.embedding_bits or None,
             first=first,
         )
 
@@ -144,6 +150,9 @@ class TrainingRecipe:
     accumulate: int = _key(1, "batches whose gradients are added up for one step")
     learning_rate: float = _key(1e-4, "peak learning rate of the weights")
     scale_learning_rate: float = _key(1e-3, "peak learning rate of the learned scales' logarithms")
+    embedding_learning_rate: float = _key(
+        0.0, "peak learning rate of the token embedding and its scales; 0 leaves them as they start"
+    )
     warmup: float = _key(0.05, "share of the steps in which the learning rate rises")
     final_rate: float = _key(0.02, "the learning rate at the end, as a share of the peak (cosine decay)")
     weight_decay: float = _key(0.0, "AdamW's decoupled weight decay")
@@ -274,11 +283,13 @@ _LOWEST = {
     "student.calibration": 1,
     "student.mask_every": 1,
     "spec.group": 0,
+    "spec.embedding_bits": 0,
     "training.kl": 0.0,
     "training.ce": 0.0,
     "training.states": 0.0,
     "training.weight_decay": 0.0,
     "training.scale_learning_rate": 0.0,
+    "training.embedding_learning_rate": 0.0,
     "student.mask_decay": 0.0,
     "data.max_wer": 0.0,
 }

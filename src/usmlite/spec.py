@@ -160,6 +160,10 @@ class NM:
         assert best is not None, "C(32, 16) < 2^63"
         return best
 
+    def bits_per_weight(self, bits: int) -> float:
+        """What a weight costs on average, pruned ones counted: its share of codes and pattern."""
+        return self.n / self.m * bits + 8 * self.code.word_bytes / (self.code.groups * self.m)
+
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
 
@@ -173,11 +177,14 @@ class LayerSpec:
         sparsity: N:M along the input axis, or None for dense.
         group: how many neighbouring input columns share one scale; None for one scale per output
             channel (row). The group counts the columns of the full, unpruned weight.
+        column_scales: every column has a scale as well, which multiplies its weights on top of the
+            row's. For tables in which some columns are far larger than others, as in token embeddings.
     """
 
     quant: Int | None = None
     sparsity: NM | None = None
     group: int | None = None
+    column_scales: bool = False
 
     def __post_init__(self) -> None:
         if self.group is not None and (not _is_integer(self.group) or self.group < 1):
@@ -190,6 +197,16 @@ class LayerSpec:
         if self.group is not None and self.quant is None:
             raise SpecError(
                 "a group without quantization", where="group", remedy="Set bits, or leave group out."
+            )
+        if not isinstance(self.column_scales, bool):
+            raise SpecError(
+                "wrong type", where="column_scales", expected="true or false", found=repr(self.column_scales)
+            )
+        if self.column_scales and self.quant is None:
+            raise SpecError(
+                "column scales without quantization",
+                where="column_scales",
+                remedy="Set bits, or leave column_scales out.",
             )
 
     @property
@@ -220,6 +237,8 @@ class LayerSpec:
             }
             if not self.quant.symmetric:
                 parts["zero"] = scales * ZERO_POINT_BYTES
+            if self.column_scales:
+                parts["column_scale"] = columns * SCALE_BYTES
         if self.sparsity is not None:
             code = self.sparsity.code
             words = math.ceil(math.ceil(columns / self.sparsity.m) / code.groups)
@@ -241,6 +260,8 @@ class LayerSpec:
             out["sparsity"] = str(self.sparsity)
         if self.group is not None:
             out["group"] = self.group
+        if self.column_scales:
+            out["column_scales"] = True
         return out
 
     @classmethod
@@ -250,7 +271,7 @@ class LayerSpec:
         Raises:
             SpecError: an unknown key or an impossible value; it names `where`.
         """
-        known = {"bits", "symmetric", "grid", "sparsity", "group"}
+        known = {"bits", "symmetric", "grid", "sparsity", "group", "column_scales"}
         unknown = sorted(set(values) - known)
         if unknown:
             raise SpecError(
@@ -266,7 +287,12 @@ class LayerSpec:
             sparsity = values.get("sparsity")
             if sparsity is not None and not isinstance(sparsity, str):
                 raise SpecError("unreadable sparsity", expected="text such as '2:4'", found=repr(sparsity))
-            return cls(quant, None if sparsity is None else NM.parse(sparsity), values.get("group"))
+            return cls(
+                quant,
+                None if sparsity is None else NM.parse(sparsity),
+                values.get("group"),
+                values.get("column_scales", False),
+            )
         except SpecError as error:
             raise SpecError(
                 error.what,
@@ -284,6 +310,8 @@ class LayerSpec:
             parts.append(str(self.sparsity))
         if self.group is not None:
             parts.append(f"group {self.group}")
+        if self.column_scales:
+            parts.append("column scales")
         return " ".join(parts)
 
 
@@ -347,13 +375,15 @@ class CompressionSpec:
         *,
         symmetric: bool = True,
         grid: Grid = "integer",
+        embedding_bits: int | None = None,
         first: Iterable[Rule] = (),
     ) -> CompressionSpec:
         """The usual case in one line.
 
-        Linear layers and embeddings get `bits` and `sparsity`. Convolutions and position tables,
-        about 2 % of a Whisper model, get dense int8: they are the most sensitive weights
-        and cost next to nothing.
+        Linear layers get `bits` and `sparsity`. Token embeddings are quantized with column scales and
+        never pruned: at equal bytes fewer bits cost them far less than pruning does
+        (docs/decisions/0006). Convolutions and position tables, about 2 % of a Whisper model, get
+        dense int8: they are the most sensitive weights and cost next to nothing.
 
         Args:
             bits: 1 to 8, or None for float16.
@@ -361,16 +391,23 @@ class CompressionSpec:
             group: inputs per scale, or None for one scale per output channel.
             symmetric: see `Int`.
             grid: see `Int`.
+            embedding_bits: of token embeddings. None takes the least whole number that spends no fewer
+                bits on a weight than `bits` with `sparsity` do: 3 for int4 with 2:4.
             first: rules that come before these.
         """
         nm = NM.parse(sparsity) if isinstance(sparsity, str) else sparsity
         quant = None if bits is None else Int(bits, symmetric=symmetric, grid=grid)
-        small = KEEP if bits is None else LayerSpec(Int(8))
+        if embedding_bits is None and bits is not None:
+            embedding_bits = bits if nm is None else math.ceil(nm.bits_per_weight(bits))
+        embedding = KEEP
+        if embedding_bits is not None:
+            embedding = LayerSpec(Int(embedding_bits, symmetric=symmetric, grid=grid), None, group, True)
         return cls(
             (
                 *first,
-                Rule("*", small, "conv1d"),
-                Rule("*", small, "positions"),
+                Rule("*", KEEP if bits is None else LayerSpec(Int(8)), "conv1d"),
+                Rule("*", KEEP if bits is None else LayerSpec(Int(8), column_scales=True), "positions"),
+                Rule("*", embedding, "embedding"),
                 Rule("*", LayerSpec(quant, nm, group)),
             )
         )

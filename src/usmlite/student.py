@@ -80,6 +80,8 @@ class WeightCompression(nn.Module):
         log_scale: float32 `[rows, groups]` parameter, the logarithm of learned scales; else None.
         scale: float32 `[rows, groups]` buffer of searched scales; else None.
         zero: float32 `[rows, groups]` buffer of integer zero points; None if symmetric.
+        column_scale: float32 `[columns]` buffer, exact in float16, chosen at the start; None without
+            column scales. Masks, scales and codes are those of the weight divided by it.
         importance: float32 `[columns]` buffer that weighs the inputs when masks are chosen and
             clips are searched (ones unless calibrated).
     """
@@ -87,6 +89,7 @@ class WeightCompression(nn.Module):
     mask: Tensor | None
     scale: Tensor | None
     zero: Tensor | None
+    column_scale: Tensor | None
     importance: Tensor
 
     def __init__(
@@ -98,11 +101,13 @@ class WeightCompression(nn.Module):
         self.shape = weight.shape
         rows, columns = matrix_shape(weight.shape)
         device = weight.device
-        self.register_buffer("importance", torch.ones(columns, device=device))
         mask = torch.ones(rows, columns, dtype=torch.bool, device=device)
         self.register_buffer("mask", None if spec.sparsity is None else mask)
         self.register_buffer("scale", None)
         self.register_buffer("zero", None)
+        ones = torch.ones(columns, device=device)
+        self.register_buffer("importance", ones)
+        self.register_buffer("column_scale", ones.clone() if spec.column_scales else None)
         self.log_scale: nn.Parameter | None = None
         quant = spec.quant
         if quant is not None:
@@ -119,6 +124,8 @@ class WeightCompression(nn.Module):
     @torch.no_grad()
     def start(self, weight: Tensor) -> None:
         """Chooses mask and scales afresh for this weight."""
+        if self.column_scale is not None:
+            self.column_scale.copy_(q.column_scales(to_matrix(weight.detach()).float()))
         self.update_mask(weight)
         self._search_scales(weight)
 
@@ -128,14 +135,19 @@ class WeightCompression(nn.Module):
         if self.spec.sparsity is None:
             return 0
         assert self.mask is not None
-        scores = to_matrix(weight.detach()).float().abs() * self.importance.sqrt()
+        scores = self.matrix(weight.detach()).float().abs() * self.importance.sqrt()
         mask = nm_mask(scores, self.spec.sparsity)
         changed = int((mask != self.mask).sum())
         self.mask.copy_(mask)
         return changed
 
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The weight as `[rows, columns]`, divided by its column scales: what is pruned and quantized."""
+        matrix = to_matrix(weight)
+        return matrix if self.column_scale is None else matrix / self.column_scale
+
     def _pruned(self, weight: Tensor) -> Tensor:
-        matrix = to_matrix(weight.detach()).float()
+        matrix = self.matrix(weight.detach()).float()
         return matrix if self.mask is None else torch.where(self.mask, matrix, torch.zeros_like(matrix))
 
     @torch.no_grad()
@@ -198,7 +210,7 @@ class WeightCompression(nn.Module):
         def select(values: Tensor | None) -> Tensor | None:
             return values if values is None or rows is None else values[rows]
 
-        matrix, mask, quant = to_matrix(weight), select(self.mask), self.spec.quant
+        matrix, mask, quant = self.matrix(weight), select(self.mask), self.spec.quant
         if quant is None:
             out = _round_to_half(matrix)
             out = out if mask is None else _mask_straight_through(out, mask)
@@ -210,7 +222,11 @@ class WeightCompression(nn.Module):
                 scale, zero = q.min_max(pruned, quant, self.spec.group)
             else:
                 scale, zero = select(self.scale), select(self.zero)
-            out = _fake_quantize(matrix, log_scale, scale, mask, zero, quant, self.spec.group, dtype)
+            # Column scales multiply last, in float32, as a reader of the packed model does it.
+            inner = dtype if self.column_scale is None else torch.float32
+            out = _fake_quantize(matrix, log_scale, scale, mask, zero, quant, self.spec.group, inner)
+            if self.column_scale is not None:
+                out = (out * self.column_scale).to(dtype)
         return from_matrix(out, weight.shape)
 
     @torch.no_grad()

@@ -40,7 +40,7 @@ def specs(draw: st.DrawFn) -> LayerSpec:
     quant = draw(st.none() | ints())
     sparsity = draw(patterns() if quant is None else st.none() | patterns())
     group = None if quant is None else draw(st.none() | st.integers(1, 40))
-    return LayerSpec(quant, sparsity, group)
+    return LayerSpec(quant, sparsity, group, column_scales=quant is not None and draw(st.booleans()))
 
 
 @st.composite

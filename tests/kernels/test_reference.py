@@ -24,6 +24,8 @@ def packed(rows: int, columns: int, spec: LayerSpec, seed: int = 0) -> PackedWei
         scale, zero = q.min_max(weight, spec.quant, spec.group)
         codes = q.quantize(weight, scale, zero, spec.quant, spec.group)
         parts = packfile.pack_rows(spec, codes, mask=mask, scale=scale, zero=zero)
+        if spec.column_scales:
+            parts["column_scale"] = torch.linspace(0.25, 3.0, columns).half()
     return packfile.packed_weight(spec, (rows, columns), parts, where="test")
 
 
@@ -35,6 +37,8 @@ SPECS = [
     LayerSpec(Int(8, grid="midrise"), NM(5, 7)),
     LayerSpec(None, NM(2, 4)),
     LayerSpec(Int(1)),
+    LayerSpec(Int(3), column_scales=True),
+    LayerSpec(Int(4), NM(2, 4), 8, column_scales=True),
 ]
 
 

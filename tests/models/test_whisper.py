@@ -8,7 +8,7 @@ import torch
 from transformers import AutoProcessor, WhisperConfig, WhisperTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from small_whisper import SPECIAL, small_teacher
+from small_whisper import SPECIAL, logits, small_teacher
 from usmlite.audio import log_mel
 from usmlite.errors import ModelError
 from usmlite.models import TimedText, WhisperAdapter
@@ -40,6 +40,26 @@ def test_features_are_those_of_the_audio_module(english: WhisperAdapter) -> None
     assert torch.equal(features, log_mel(samples, 8))
     with pytest.raises(ValueError, match="480000"):
         english.features(samples[:, :1000])
+
+
+@pytest.mark.parametrize("scale_embedding", [False, True])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_centred_embedding_computes_the_same_words(scale_embedding: bool, tied: bool) -> None:
+    model, adapter = small_teacher(scale_embedding=scale_embedding)
+    if not tied:
+        model.proj_out.weight = torch.nn.Parameter(torch.randn_like(model.proj_out.weight) + 0.3)
+    table = model.model.decoder.embed_tokens.weight
+    with torch.no_grad():
+        table[:, 2] += 0.5
+        before = logits(model).log_softmax(dim=-1)
+        adapter.centre(model)
+        assert table.mean(dim=0).abs().max() < 1e-6
+        assert model.proj_out.weight.mean(dim=0).abs().max() < 1e-6
+        after = logits(model).log_softmax(dim=-1)
+        again = table.clone()
+        adapter.centre(model)
+    assert torch.allclose(before, after, atol=1e-4)
+    assert torch.allclose(again, table, atol=1e-7)
 
 
 def test_targets_without_timestamps(english: WhisperAdapter) -> None:

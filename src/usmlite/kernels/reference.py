@@ -58,7 +58,10 @@ def embedding(ids: Tensor, weight: PackedWeight | ExpandedWeight) -> Tensor:
 
 
 def unpack(weight: PackedWeight | ExpandedWeight) -> Tensor:
-    """The weight in full, float32 `[rows, columns]`: (code - zero) * scale, pruned weights 0.0."""
+    """The weight in full, float32 `[rows, columns]`.
+
+    (code - zero) * scale, times the column's scale if there is one; pruned weights are 0.0.
+    """
     out = torch.empty(weight.rows, weight.columns, dtype=torch.float32, device=_device(weight))
     for low, high in row_blocks(weight.rows, weight.columns):
         block = weight.select(slice(low, high))
@@ -66,6 +69,8 @@ def unpack(weight: PackedWeight | ExpandedWeight) -> Tensor:
             out[low:high] = _dequantize_levels(block)
         else:
             _unpack_rows(block, out[low:high])
+        if weight.column_scale is not None:
+            out[low:high] *= weight.column_scale
     return out
 
 
@@ -97,7 +102,8 @@ def expand(weight: PackedWeight) -> ExpandedWeight:
             stored = codes.sub_(_per_column(block.zero, block, columns))
         _spread(stored.to(dtype), columns, block, levels[low:high])
     step = weight.scale.float()
-    return ExpandedWeight(levels, step.mul_(0.5) if doubled else step, weight.group)
+    column_scale = None if weight.column_scale is None else weight.column_scale.float()
+    return ExpandedWeight(levels, step.mul_(0.5) if doubled else step, weight.group, column_scale)
 
 
 def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:

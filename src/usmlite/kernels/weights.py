@@ -49,6 +49,7 @@ class PackedWeight:
         codes: uint8 `[rows, bytes]`, or float16 `[rows, stored]` if `bits` is None.
         scale: float16 `[rows, groups]`, or None if `bits` is None.
         zero: uint8 `[rows, groups]`, the integer zero points of asymmetric codes, or None.
+        column_scale: float16 `[columns]`, multiplies every row, or None.
         pattern: uint8 `[rows, words * word_bytes]`, or None if dense.
     """
 
@@ -61,6 +62,7 @@ class PackedWeight:
     scale: Tensor | None
     zero: Tensor | None
     pattern: Tensor | None
+    column_scale: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -90,18 +92,20 @@ class PackedWeight:
 
 @dataclass(frozen=True)
 class ExpandedWeight:
-    """A weight as small whole multiples of a step: weight = level * step, pruned weights 0.
+    """A weight as small whole multiples of a step: weight = level * step * column scale, pruned weights 0.
 
     Attributes:
         levels: int8 `[rows, columns]`; int16 where 8-bit codes are asymmetric or midrise, because
             their levels reach to 255; float16 values where `step` is None.
         step: float32 `[rows, groups]`, or None.
         group: columns that share one step, or None for one step a row.
+        column_scale: float32 `[columns]`, or None.
     """
 
     levels: Tensor
     step: Tensor | None
     group: int | None
+    column_scale: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -116,7 +120,7 @@ class ExpandedWeight:
     def select(self, rows: slice | Tensor) -> ExpandedWeight:
         """The same weight with only these rows."""
         step = None if self.step is None else self.step[rows]
-        return ExpandedWeight(self.levels[rows], step, self.group)
+        return replace(self, levels=self.levels[rows], step=step)
 
 
 def row_blocks(rows: int, columns: int, weights: int = BLOCK_WEIGHTS) -> Iterator[tuple[int, int]]:

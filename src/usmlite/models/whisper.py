@@ -245,6 +245,29 @@ class WhisperAdapter:
     def _timestamp(seconds: float) -> int:
         return max(0, min(round(seconds / SECONDS_PER_TIMESTAMP), TIMESTAMPS - 1))
 
+    # Compression
+
+    @torch.no_grad()
+    def centre(self, model: nn.Module) -> None:
+        """Makes the token embedding easier to quantize; what the model computes stays the same.
+
+        A few columns of Whisper's embedding are nearly the same large number in every row, and the codes
+        would be spent on them: 83 % of the energy of tiny.en's is its mean row. That row is subtracted
+        and added to the decoder's positions instead. As an output projection the table then gives
+        logits that are all lower by the same number, of which the softmax knows nothing.
+
+        Args:
+            model: a `WhisperForConditionalGeneration`, changed in place. Twice is the same as once.
+        """
+        network = cast(Any, model)
+        decoder = network.model.decoder
+        tokens, projection = decoder.embed_tokens.weight, network.proj_out.weight
+        mean = tokens.mean(dim=0)
+        tokens -= mean
+        decoder.embed_positions.weight.add_(mean * decoder.embed_scale)
+        if projection is not tokens:
+            projection -= projection.mean(dim=0)
+
     # Decoding
 
     def decode(
