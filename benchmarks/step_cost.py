@@ -80,7 +80,7 @@ def main() -> None:
     ids, labels = teacher.adapter.targets(texts, timestamps=[False] * arguments.batch_size)
     batch = {
         "heard": features,
-        "clean": features,
+        "taught": features,
         "decoder_input_ids": ids.to(device),
         "labels": labels.to(device),
     }

@@ -13,7 +13,7 @@ def inputs(adapter, teacher, seed: int = 0) -> dict[str, torch.Tensor]:
     labels = ids.roll(-1, 1)
     labels[:, :2] = IGNORED
     labels[1, 6:] = IGNORED
-    return {"heard": features, "clean": features, "decoder_input_ids": ids, "labels": labels}
+    return {"heard": features, "taught": features, "decoder_input_ids": ids, "labels": labels}
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_losses_and_gradients_equal_the_plain_formulas(weights: LossWeights):
     labels = batch["labels"].reshape(-1)
     full = student(input_features=batch["heard"], decoder_input_ids=batch["decoder_input_ids"])
     with torch.no_grad():
-        target = teacher(input_features=batch["clean"], decoder_input_ids=batch["decoder_input_ids"])
+        target = teacher(input_features=batch["taught"], decoder_input_ids=batch["decoder_input_ids"])
     scored = labels != IGNORED
     logits, wanted = full.logits.flatten(0, 1)[scored], target.logits.flatten(0, 1)[scored]
     t = weights.temperature

@@ -176,6 +176,23 @@ def test_spec_augment_masks_a_copy_and_repeats_with_its_generator():
     assert 0.0 < changed < 0.6
 
 
+@pytest.mark.parametrize("hears", ["same", "clean"])
+def test_the_teacher_hears_what_the_recipe_says(speech, tmp_path, monkeypatch, hears):
+    heard: list[torch.Tensor] = []
+    teacher, adapter = small_teacher()
+    teacher.model.encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: heard.append(kwargs.get("input_features", args[0] if args else None)),
+        with_kwargs=True,
+    )
+    masked: list[torch.Tensor] = []
+    augment = loop.spec_augment
+    monkeypatch.setattr(loop, "spec_augment", lambda *a: masked.append(augment(*a)) or masked[-1])
+    plan = recipe(1, spec_augment=True, teacher_hears=hears)
+    student, _ = small_student()
+    loop.finetune(student, teacher, adapter, speech, plan, tmp_path)
+    assert torch.equal(heard[0], masked[0]) == (hears == "same")
+
+
 def test_windows_cover_every_utterance_each_epoch(speech):
     dataset = loop.TrainingWindows(speech, recipe(100))
     index, seen = 0, []

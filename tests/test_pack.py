@@ -34,7 +34,8 @@ def test_the_directory_is_laid_out_as_hugging_face_expects(tmp_path: Path) -> No
     assert settings["quant_method"] == "usmlite"
     assert settings["format_version"] == 1
     assert settings["digest"] == packed.digest
-    assert settings["layers"]["model.decoder.embed_tokens"]["sparsity"] == "2:4"
+    assert settings["layers"]["model.decoder.embed_tokens"]["column_scales"] is True
+    assert settings["layers"]["model.decoder.layers.0.fc1"]["sparsity"] == "2:4"
     assert settings["computed"] == {"model.encoder.embed_positions.weight": "sinusoids-float16"}
     assert packed.weights_bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

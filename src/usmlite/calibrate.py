@@ -8,6 +8,8 @@ layer's inputs. Then each layer is started on its own, by one of three methods:
     hessian      columns are pruned and rounded one after the other, and the columns still to come make
                  up for the error (SparseGPT, arXiv 2301.00774, jointly with GPTQ, arXiv 2210.17323)
 
+Every method corrects the biases for what the compressed weight makes of the mean input.
+
 Used alone this is post-training compression; before fine-tuning it is a better starting point.
 """
 
@@ -68,7 +70,8 @@ class LayerCalibration:
         rows: output channels.
         columns: inputs.
         samples: input vectors seen.
-        error_before: ||(W - What) X||^2 / ||W X||^2 of the student as it came, What its compressed weight.
+        error_before: ||(W - What) X||^2 / ||W X||^2 of the student as it came, What its compressed weight; X
+            less its mean where the layer has a bias, which takes up what goes wrong on the mean.
         error_after: the same after calibration.
         damping: what was added to the Hessian's diagonal, as a share of its mean; None if unused.
         seconds: wall time of this layer.
@@ -164,8 +167,8 @@ def calibrate(
     teacher_seconds = time.perf_counter() - started
     done = []
     for name, layer in layers.items():
-        weight = cast(Tensor, teacher.get_submodule(name).weight).detach()
-        done.append(_start(name, layer, weight, moments[name], method, damping))
+        module = teacher.get_submodule(name)
+        done.append(_start(name, layer, module, moments[name], method, damping))
         if progress is not None:
             progress(name, len(done), len(layers))
     return CalibrationReport(method, tuple(done), count, teacher_seconds, time.perf_counter() - started)
@@ -176,24 +179,40 @@ def calibrate(
 
 @dataclass
 class Moments:
-    """The sum of x x^T over input vectors x.
+    """Sums over input vectors x, from which their mean and second moments follow.
 
     Attributes:
-        total: float32 `[columns, columns]`.
+        total: the sum of (x - shift) (x - shift)^T, float32 `[columns, columns]`.
+        sum: the sum of x - shift, float32 `[columns]`.
+        shift: the mean of the first vectors, float32 `[columns]`: moments about it can be moved to the
+            mean without the cancellation that moments about zero would suffer.
         count: how many vectors.
         is_table: the weight's rows are looked up as well; without any vector, they are only that.
     """
 
     total: Tensor
+    sum: Tensor
+    shift: Tensor | None = None
     count: int = 0
     is_table: bool = False
 
     @property
-    def hessian(self) -> Tensor:
-        """The mean of x x^T, float32 `[columns, columns]`; the identity if nothing was seen."""
+    def mean(self) -> Tensor:
+        """The mean of x, float32 `[columns]`; zeros if nothing was seen."""
+        return self.sum if self.shift is None else self.shift + self.sum / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """The mean of (x - mean) (x - mean)^T, float32 `[columns, columns]`; the identity if there was none."""
         if not self.count:
             return torch.eye(len(self.total), device=self.total.device)
-        return self.total / self.count
+        offset = self.sum / self.count
+        return self.total / self.count - torch.outer(offset, offset)
+
+    @property
+    def hessian(self) -> Tensor:
+        """The mean of x x^T, float32 `[columns, columns]`; the identity if nothing was seen."""
+        return self.covariance + torch.outer(self.mean, self.mean)
 
 
 def input_rows(layer: nn.Module, inputs: Tensor) -> Tensor:
@@ -240,38 +259,46 @@ def _counted_positions(batch: Mapping[str, Tensor]) -> Tensor | None:
 
 
 class _Collector:
-    """Forward hooks that add up the second moments of layer inputs."""
+    """Forward hooks that add up the moments of layer inputs."""
 
     def __init__(self) -> None:
         self.moments: dict[str, Moments] = {}
         self.positions: Tensor | None = None
         self._input: Tensor | None = None
-        self._gram: tuple[Tensor, int] | None = None
+        self._sums: tuple[Tensor, Tensor, Tensor, int] | None = None
 
     def start_batch(self, positions: Tensor | None) -> None:
         self.positions = positions
-        self._input = self._gram = None
+        self._input = self._sums = None
 
     def hook(self, name: str, columns: int, device: torch.device) -> Callable[..., None]:
-        moments = self.moments[name] = Moments(torch.zeros(columns, columns, device=device))
+        total, zeros = torch.zeros(columns, columns, device=device), torch.zeros(columns, device=device)
+        moments = self.moments[name] = Moments(total, zeros)
 
         def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs = cast(Tensor, args[0] if args else kwargs["input"])
             # Queries, keys and values are projected from the same tensor: multiply it once.
-            if inputs is not self._input or isinstance(layer, nn.Conv1d):
-                self._input, self._gram = inputs, self._multiply(layer, inputs)
-            assert self._gram is not None
-            moments.total += self._gram[0]
-            moments.count += self._gram[1]
+            known = self._sums if inputs is self._input and not isinstance(layer, nn.Conv1d) else None
+            if known is None or (moments.shift is not None and moments.shift is not known[0]):
+                known = self._add_up(layer, inputs, moments.shift)
+                self._input, self._sums = inputs, known
+            moments.shift, total, sums, count = known
+            moments.total += total
+            moments.sum += sums
+            moments.count += count
 
         return record
 
-    def _multiply(self, layer: nn.Module, inputs: Tensor) -> tuple[Tensor, int]:
+    def _add_up(
+        self, layer: nn.Module, inputs: Tensor, shift: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
         with torch.autocast(inputs.device.type, enabled=False):
             if self.positions is not None and inputs.dim() == 3 and inputs.shape[:2] == self.positions.shape:
                 inputs = inputs[self.positions]
             rows = input_rows(layer, inputs)
-            return rows.T @ rows, len(rows)
+            shift = rows.sum(dim=0) / max(len(rows), 1) if shift is None else shift
+            rows = rows - shift
+            return shift, rows.T @ rows, rows.sum(dim=0), len(rows)
 
 
 def _collect(
@@ -347,12 +374,18 @@ def _source(teacher: nn.Module, name: str, layer: CompressedLayer) -> tuple[nn.M
 
 @torch.no_grad()
 def _start(
-    name: str, layer: CompressedLayer, weight: Tensor, moments: Moments, method: Method, damping: float
+    name: str, layer: CompressedLayer, module: nn.Module, moments: Moments, method: Method, damping: float
 ) -> LayerCalibration:
     started = time.perf_counter()
     compression = layer.compression
-    weight = weight.to(layer.weight.device)
-    whole, seen = to_matrix(weight).float(), moments.hessian.to(weight.device)
+    weight = cast(Tensor, module.weight).detach().to(layer.weight.device)
+    whole, bias = to_matrix(weight).float(), getattr(layer, "bias", None)
+    if getattr(layer, "groups", 1) > 1:
+        bias = None  # its rows see different inputs, of which only the sum over all was kept
+    if bias is not None:
+        bias.copy_(cast(Tensor, module.bias))
+    # What goes wrong on the mean input is put right by the bias: then only the rest is to be kept small.
+    seen = (moments.hessian if bias is None else moments.covariance).to(weight.device)
     before = _relative_error(whole, to_matrix(fake_quantized(layer)), seen)
     used, notes = None, []
     if not moments.count and not moments.is_table:
@@ -388,7 +421,10 @@ def _start(
             compression.set_scales(solution.scale, solution.zero)
     else:
         compression.start(layer.weight)
-    after = _relative_error(whole, to_matrix(fake_quantized(layer)), seen)
+    compressed = to_matrix(fake_quantized(layer))
+    if bias is not None:
+        bias += (whole - compressed) @ moments.mean.to(weight.device)
+    after = _relative_error(whole, compressed, seen)
     return LayerCalibration(
         name, str(compression.spec), matrix.shape[0], matrix.shape[1], moments.count, before, after, used,
         time.perf_counter() - started, "; ".join(notes),

@@ -92,13 +92,13 @@ class Distillation(nn.Module):
         self.weights = weights
 
     def forward(
-        self, heard: Tensor, clean: Tensor, decoder_input_ids: Tensor, labels: Tensor
+        self, heard: Tensor, taught: Tensor, decoder_input_ids: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
         """Losses of one batch.
 
         Args:
             heard: float `[batch, mels, frames]`, what the student hears (perhaps masked).
-            clean: the same for the teacher.
+            taught: the same for the teacher.
             decoder_input_ids: int64 `[batch, tokens]`.
             labels: int64 `[batch, tokens]`, `IGNORED` where nothing is scored.
 
@@ -113,7 +113,7 @@ class Distillation(nn.Module):
             nothing = torch.zeros_like(ce)
             return {"loss": weights.ce * ce, "kl": nothing, "ce": ce.detach(), "states": nothing}
         with torch.no_grad():
-            teacher_states, teacher_logits = _run(self.__dict__["teacher"], clean, decoder_input_ids, scored)
+            teacher_states, teacher_logits = _run(self.__dict__["teacher"], taught, decoder_input_ids, scored)
         states, logits = _run(self.student, heard, decoder_input_ids, scored)
         apply: Any = _TokenLoss.apply  # torch leaves it untyped
         tokens, kl, ce = apply(logits, teacher_logits, labels[scored], weights)

@@ -386,15 +386,21 @@ def _to_device(
     part: int,
 ) -> dict[str, Tensor]:
     samples = torch.stack([row[0] for row in rows]).to(device)
-    clean = adapter.features(samples)
-    heard = clean
+    heard = taught = adapter.features(samples)
     if recipe.training.spec_augment:
         generator = torch.Generator().manual_seed((recipe.training.seed * 1_000_003 + step) * 64 + part)
-        heard = spec_augment(clean, generator)
+        heard = spec_augment(taught, generator)
+        if recipe.training.teacher_hears == "same":
+            taught = heard
     ids, labels = adapter.targets(
         [row[1] for row in rows], timestamps=[row[2] for row in rows], language=recipe.data.language
     )
-    return {"heard": heard, "clean": clean, "decoder_input_ids": ids.to(device), "labels": labels.to(device)}
+    return {
+        "heard": heard,
+        "taught": taught,
+        "decoder_input_ids": ids.to(device),
+        "labels": labels.to(device),
+    }
 
 
 def _cut_log(path: Path, steps: int) -> None:

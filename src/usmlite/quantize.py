@@ -55,11 +55,12 @@ def column_scales(weight: Tensor) -> Tensor:
     Returns:
         float32 `[columns]`, rounded as float16. Empty columns get the scale of the smallest other one.
     """
-    size = weight.square().mean(dim=0).sqrt()
-    present = size[size > 0]
-    if not len(present):
-        return torch.ones_like(size)
-    size = size.clamp(min=float(present.min()))
+    peak = weight.abs().amax()
+    if not peak > 0 or not peak.isfinite():
+        return torch.ones(weight.shape[1], device=weight.device)
+    # Against the peak, because squares of what float32 can hold may overflow.
+    size = (weight / peak).square().mean(dim=0).sqrt()
+    size = size.clamp(min=float(size[size > 0].min()))
     return round_scale(size / size.square().mean().sqrt())
 
 

@@ -161,8 +161,11 @@ class TrainingRecipe:
     ce: float = _key(0.2, "weight of the cross-entropy on the target text")
     states: float = _key(10.0, "weight of the match of encoder states")
     temperature: float = _key(1.0, "temperature of the KL term")
-    spec_augment: bool = _key(
-        False, "mask bands of time and frequency in what the student hears (SpecAugment)"
+    spec_augment: bool = _key(False, "mask bands of time and frequency in what is heard (SpecAugment)")
+    teacher_hears: str = _key(
+        "same",
+        "with spec_augment, what the teacher hears: the same masked speech as the student, or clean speech",
+        choices=("same", "clean"),
     )
     precision: str = _key(
         "auto",
