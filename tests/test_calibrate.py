@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from usmlite import quantize as q
-from usmlite.calibrate import METHODS, _plan, _walk, calibrate, input_rows, solve
+from usmlite.calibrate import METHODS, calibrate
 from usmlite.errors import DataError, ModelError, SpecError
+from usmlite.moments import input_rows
+from usmlite.solve import _plan, _walk, solve
 from usmlite.sparsify import nm_mask
 from usmlite.spec import NM, CompressionSpec, Int, LayerSpec, Rule
 from usmlite.student import (

@@ -137,6 +137,29 @@ def test_without_fine_tuning(model, speech, tmp_path, start):
     assert load(tmp_path / "run").kind == "packed"
 
 
+def test_a_target_size_is_met_and_its_spec_kept(model, speech, tmp_path):
+    plan = recipe(model, speech, spec={"target_size": "95kB"}, training={"steps": 1})
+    report = compress(plan, tmp_path / "run")
+    assert 80_000 < report["packed_bytes"] <= 95_000
+    written = (tmp_path / "run" / "spec.toml").read_bytes()
+    student, packed = load(tmp_path / "run" / "best"), load(tmp_path / "run")
+    features = torch.randn(1, 8, 3000)
+    inputs = {"input_features": features, "decoder_input_ids": torch.tensor([[257, 263, 40]])}
+    with torch.no_grad():
+        assert torch.equal(student.model(**inputs).logits, packed.model(**inputs).logits)
+    # The same command again takes the choice that was made; its spec given as a recipe makes it again.
+    assert compress(plan, tmp_path / "run")["packed_bytes"] == report["packed_bytes"]
+    assert (tmp_path / "run" / "spec.toml").read_bytes() == written
+    spec = load_recipe(tmp_path / "run" / "spec.toml").spec
+    again = recipe(model, speech, spec={"rules": list(spec.rules)}, training={"steps": 0})
+    assert compress(again, tmp_path / "again")["packed_bytes"] == report["packed_bytes"]
+
+
+def test_a_target_size_beyond_reach_names_the_least(model, speech, tmp_path):
+    with pytest.raises(UsmliteError, match="the budget cannot be reached.*at least"):
+        compress(recipe(model, speech, spec={"target_size": "1%"}), tmp_path / "run")
+
+
 def test_a_float_recipe_fine_tunes_the_dense_model(model, speech, tmp_path):
     plan = recipe(model, speech, spec={"bits": "float", "sparsity": "dense"}, student={"start": "magnitude"})
     report = compress(plan, tmp_path / "run")

@@ -73,6 +73,15 @@ def test_rules_come_before_the_one_line_settings() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [("9.4%", 94_000), ("50 %", 500_000), ("14.2MB", 14_200_000), ("80kB", 80_000), ("1234", 1234), (None, None)],
+)
+def test_target_sizes(text: str | None, expected: int | None) -> None:
+    recipe = build_recipe({"spec": {} if text is None else {"target_size": text}})
+    assert recipe.spec.target_bytes(1_000_000) == expected
+
+
+@pytest.mark.parametrize(
     ("values", "error", "parts"),
     [
         ({"modell": {}}, RecipeError, ["[modell]", "Did you mean 'model'?"]),
@@ -100,6 +109,8 @@ def test_rules_come_before_the_one_line_settings() -> None:
         ({"spec": {"group": -4}}, RecipeError, ["spec.group", "at least 0"]),
         ({"spec": {"symmetric": False, "grid": "midrise"}}, SpecError, ["midrise", "symmetric"]),
         ({"spec": {"bits": "float", "group": 32}}, SpecError, ["group", "Set bits"]),
+        ({"spec": {"target_size": "small"}}, RecipeError, ["spec.target_size", "9.4%", "'small'"]),
+        ({"spec": {"target_size": "0%"}}, RecipeError, ["spec.target_size", "'0%'"]),
         ({"spec": {"rules": "all"}}, RecipeError, ["[[spec.rules]]"]),
         ({"spec": {"rules": [3]}}, RecipeError, ["[[spec.rules]]"]),
         ({"spec": {"rules": [{"match": "*", "bit": 4}]}}, SpecError, ["spec.rules[0]", "unknown key", "bit"]),

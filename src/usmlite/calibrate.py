@@ -6,7 +6,7 @@ layer's inputs. Then each layer is started on its own, by one of three methods:
     magnitude    the largest weights stay, the clip with the least squared error (no data used)
     activation   the same with every input weighed by its mean square (Wanda, arXiv 2306.11695)
     hessian      columns are pruned and rounded one after the other, and the columns still to come make
-                 up for the error (SparseGPT, arXiv 2301.00774, jointly with GPTQ, arXiv 2210.17323)
+                 up for the error (see `solve`)
 
 Every method corrects the biases for what the compressed weight makes of the mean input.
 
@@ -16,18 +16,16 @@ Used alone this is post-training compression; before fine-tuning it is a better 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from usmlite import quantize as q
-from usmlite.errors import DataError, ModelError, SpecError
-from usmlite.sparsify import nm_mask
-from usmlite.spec import NM, LayerSpec
+from usmlite.errors import ModelError, SpecError
+from usmlite.moments import Moments, collect_moments
+from usmlite.solve import DAMPING, Problem, corrected_bias, importance_of, relative_error, solve
 from usmlite.student import (
     CompressedLayer,
     compressed_layers,
@@ -39,25 +37,6 @@ from usmlite.student import (
 Method = Literal["magnitude", "activation", "hessian"]
 METHODS: tuple[Method, ...] = ("magnitude", "activation", "hessian")
 Progress = Callable[[str, int, "int | None"], None]
-
-# Columns between two updates of all later columns: inside, only the block's own columns are updated.
-_BLOCK_COLUMNS = 128
-# Rows solved together: a block of columns of this many rows stays in a core's cache.
-_BLOCK_ROWS = 4096
-# Inputs that calibration never saw still count a little: other speech may use them.
-_LEAST_IMPORTANCE = 1e-4
-# How much of its rounding interval a kept master weight may use (the rest is room for float error).
-_HALF_STEP = 0.499
-# The least a kept master weight may be, in steps; and in floats, where there are no steps.
-_LEAST_STEP = 1e-3
-_TINY = 1e-10
-# Pruned master weights end at most this far up to the least kept one of their group.
-_BELOW_KEPT = 0.95
-_DAMPING_TRIES = 12
-# For tables of rows: how much a row counts as itself next to its use as the weight of a projection.
-_TABLE_DAMPING = 1.0
-# Coordinate descent after the walk: three sweeps give nearly all of what eight do.
-_SWEEPS = 3
 
 
 @dataclass(frozen=True)
@@ -124,7 +103,7 @@ def calibrate(
     batches: Iterable[Mapping[str, Tensor]],
     *,
     method: Method = "hessian",
-    damping: float = 0.01,
+    damping: float = DAMPING,
     autocast: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> CalibrationReport:
@@ -163,7 +142,15 @@ def calibrate(
         raise SpecError("unusable damping", where="calibrate", expected="a number from 0", found=damping)
     started = time.perf_counter()
     layers = dict(compressed_layers(student))
-    moments, count = _collect(teacher, layers, batches, autocast, progress)
+    for name, layer in layers.items():
+        _check(teacher, name, layer)
+    moments, count = collect_moments(
+        teacher,
+        list(layers),
+        batches,
+        autocast=autocast,
+        progress=None if progress is None else lambda done, total: progress("teacher", done, total),
+    )
     teacher_seconds = time.perf_counter() - started
     done = []
     for name, layer in layers.items():
@@ -174,183 +161,8 @@ def calibrate(
     return CalibrationReport(method, tuple(done), count, teacher_seconds, time.perf_counter() - started)
 
 
-# -- statistics ---------------------------------------------------------------------------------
-
-
-@dataclass
-class Moments:
-    """Sums over input vectors x, from which their mean and second moments follow.
-
-    Attributes:
-        total: the sum of (x - shift) (x - shift)^T, float32 `[columns, columns]`.
-        sum: the sum of x - shift, float32 `[columns]`.
-        shift: the mean of the first vectors, float32 `[columns]`: moments about it can be moved to the
-            mean without the cancellation that moments about zero would suffer.
-        count: how many vectors.
-        is_table: the weight's rows are looked up as well; without any vector, they are only that.
-    """
-
-    total: Tensor
-    sum: Tensor
-    shift: Tensor | None = None
-    count: int = 0
-    is_table: bool = False
-
-    @property
-    def mean(self) -> Tensor:
-        """The mean of x, float32 `[columns]`; zeros if nothing was seen."""
-        return self.sum if self.shift is None else self.shift + self.sum / self.count
-
-    @property
-    def covariance(self) -> Tensor:
-        """The mean of (x - mean) (x - mean)^T, float32 `[columns, columns]`; the identity if there was none."""
-        if not self.count:
-            return torch.eye(len(self.total), device=self.total.device)
-        offset = self.sum / self.count
-        return self.total / self.count - torch.outer(offset, offset)
-
-    @property
-    def hessian(self) -> Tensor:
-        """The mean of x x^T, float32 `[columns, columns]`; the identity if nothing was seen."""
-        return self.covariance + torch.outer(self.mean, self.mean)
-
-
-def input_rows(layer: nn.Module, inputs: Tensor) -> Tensor:
-    """The vectors that the rows of the layer's weight matrix are multiplied by.
-
-    Args:
-        layer: a linear layer or a 1-D convolution.
-        inputs: what the layer is given, `[..., in]` or `[batch, in, frames]`.
-
-    Returns:
-        float32 `[vectors, columns]`, in the column order of `student.to_matrix`: for a convolution
-        kernel-major, its padding included. A convolution with channel groups gives the vectors of
-        all groups.
-    """
-    if not isinstance(layer, nn.Conv1d):
-        return inputs.reshape(-1, inputs.shape[-1]).float()
-    values = inputs.float()
-    if values.dim() == 2:
-        values = values.unsqueeze(0)
-    (kernel,), (stride,), (dilation,) = layer.kernel_size, layer.stride, layer.dilation
-    if isinstance(layer.padding, str):
-        total = dilation * (kernel - 1) if layer.padding == "same" else 0
-        left, right = total // 2, total - total // 2
-    else:
-        left = right = layer.padding[0]
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    values = nn.functional.pad(values, (left, right), mode=mode)
-    windows = values.unfold(2, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
-    batch, channels, frames, _ = windows.shape
-    windows = windows.reshape(batch, layer.groups, channels // layer.groups, frames, kernel)
-    return windows.permute(0, 1, 3, 4, 2).reshape(batch * layer.groups * frames, -1)
-
-
-def _counted_positions(batch: Mapping[str, Tensor]) -> Tensor | None:
-    """Decoder positions that are not padding, bool `[batch, tokens]`, or None if all count."""
-    mask = batch.get("decoder_attention_mask")
-    if mask is not None:
-        return mask.bool()
-    labels = batch.get("labels")
-    if labels is None:
-        return None
-    # The prompt is not scored either, but the student will see it: only what follows is padding.
-    return (labels != -100).flip(1).cummax(1).values.flip(1).bool()
-
-
-class _Collector:
-    """Forward hooks that add up the moments of layer inputs."""
-
-    def __init__(self) -> None:
-        self.moments: dict[str, Moments] = {}
-        self.positions: Tensor | None = None
-        self._input: Tensor | None = None
-        self._sums: tuple[Tensor, Tensor, Tensor, int] | None = None
-
-    def start_batch(self, positions: Tensor | None) -> None:
-        self.positions = positions
-        self._input = self._sums = None
-
-    def hook(self, name: str, columns: int, device: torch.device) -> Callable[..., None]:
-        total, zeros = torch.zeros(columns, columns, device=device), torch.zeros(columns, device=device)
-        moments = self.moments[name] = Moments(total, zeros)
-
-        def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs = cast(Tensor, args[0] if args else kwargs["input"])
-            # Queries, keys and values are projected from the same tensor: multiply it once.
-            known = self._sums if inputs is self._input and not isinstance(layer, nn.Conv1d) else None
-            if known is None or (moments.shift is not None and moments.shift is not known[0]):
-                known = self._add_up(layer, inputs, moments.shift)
-                self._input, self._sums = inputs, known
-            moments.shift, total, sums, count = known
-            moments.total += total
-            moments.sum += sums
-            moments.count += count
-
-        return record
-
-    def _add_up(
-        self, layer: nn.Module, inputs: Tensor, shift: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, int]:
-        with torch.autocast(inputs.device.type, enabled=False):
-            if self.positions is not None and inputs.dim() == 3 and inputs.shape[:2] == self.positions.shape:
-                inputs = inputs[self.positions]
-            rows = input_rows(layer, inputs)
-            shift = rows.sum(dim=0) / max(len(rows), 1) if shift is None else shift
-            rows = rows - shift
-            return shift, rows.T @ rows, rows.sum(dim=0), len(rows)
-
-
-def _collect(
-    teacher: nn.Module,
-    layers: Mapping[str, CompressedLayer],
-    batches: Iterable[Mapping[str, Tensor]],
-    autocast: torch.dtype | None,
-    progress: Progress | None,
-) -> tuple[dict[str, Moments], int]:
-    collector = _Collector()
-    device = next(teacher.parameters()).device
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            source, is_table = _source(teacher, name, layer)
-            columns = to_matrix(layer.weight).shape[1]
-            hook = collector.hook(name, columns, device)
-            collector.moments[name].is_table = is_table
-            if source is None:
-                continue
-            stack.callback(source.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        was_training = teacher.training
-        stack.callback(teacher.train, was_training)
-        teacher.eval()
-        total = len(batches) if isinstance(batches, Sequence) else None
-        count = 0
-        for batch in batches:
-            moved = {name: value.to(device) for name, value in batch.items()}
-            collector.start_batch(_counted_positions(moved))
-            moved.pop("labels", None)
-            with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                teacher(**moved)
-            count += 1
-            if progress is not None:
-                progress("teacher", count, total)
-    if not count:
-        raise DataError("no batch to calibrate on", where="calibrate", expected="at least one batch")
-    for name, moments in collector.moments.items():
-        if not bool(torch.isfinite(moments.total).all()):
-            raise ModelError(
-                "the teacher's activations are not finite",
-                where=name,
-                expected="finite inputs",
-                remedy="Check the model's weights and the audio; try autocast = None.",
-            )
-    return collector.moments, count
-
-
-def _source(teacher: nn.Module, name: str, layer: CompressedLayer) -> tuple[nn.Module | None, bool]:
-    """The teacher's module whose inputs the layer's columns are multiplied by, and whether it is a table.
-
-    A table of rows that is tied to no projection has no such module.
-    """
+def _check(teacher: nn.Module, name: str, layer: CompressedLayer) -> None:
+    """Raises ModelError unless the teacher has this layer."""
     try:
         module = teacher.get_submodule(name)
     except AttributeError:
@@ -363,13 +175,6 @@ def _source(teacher: nn.Module, name: str, layer: CompressedLayer) -> tuple[nn.M
             expected=list(layer.weight.shape),
             found=list(weight.shape) if isinstance(weight, Tensor) else type(module).__name__,
         )
-    if isinstance(module, (nn.Linear, nn.Conv1d)):
-        return module, False
-    tied = (m for m in teacher.modules() if isinstance(m, nn.Linear) and m.weight is weight)
-    return next(tied, None), True
-
-
-# -- one layer ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -379,42 +184,36 @@ def _start(
     started = time.perf_counter()
     compression = layer.compression
     weight = cast(Tensor, module.weight).detach().to(layer.weight.device)
-    whole, bias = to_matrix(weight).float(), getattr(layer, "bias", None)
-    if getattr(layer, "groups", 1) > 1:
-        bias = None  # its rows see different inputs, of which only the sum over all was kept
+    whole, bias = to_matrix(weight).float(), corrected_bias(layer)
     if bias is not None:
         bias.copy_(cast(Tensor, module.bias))
-    # What goes wrong on the mean input is put right by the bias: then only the rest is to be kept small.
-    seen = (moments.hessian if bias is None else moments.covariance).to(weight.device)
-    before = _relative_error(whole, to_matrix(fake_quantized(layer)), seen)
+    column_scales = compression.column_scale is not None
+    problem = Problem.of(
+        whole, moments, biased=bias is not None, column_scales=column_scales, damping=damping
+    )
+    scale = torch.ones(()) if problem.column_scale is None else problem.column_scale
+    before = relative_error(problem.matrix, to_matrix(fake_quantized(layer)) / scale, problem.hessian)
     used, notes = None, []
     if not moments.count and not moments.is_table:
         notes.append("never reached by the batches: all inputs counted alike")
     layer.weight.copy_(weight)
-    compression.importance.fill_(1.0)
-    matrix, hessian, scale = whole, seen, None
     if compression.column_scale is not None:
-        scale = compression.column_scale.copy_(q.column_scales(whole))
-        matrix, hessian = compression.matrix(weight).float(), seen * scale * scale.unsqueeze(1)
-    if moments.is_table:
-        # Its rows are looked up whole, also where an output projection shares them. Rounded for the
-        # projection's inputs alone they are spoiled as inputs: Whisper then repeats words without end.
-        damping = max(damping, _TABLE_DAMPING)
+        compression.column_scale.copy_(scale)
+    compression.importance.fill_(1.0)
     if method != "magnitude":
-        compression.importance.copy_(_importance(hessian))
+        compression.importance.copy_(importance_of(problem.hessian))
     if method == "hessian":
         solution = solve(
-            matrix,
-            hessian,
+            problem.matrix,
+            problem.hessian,
             compression.spec,
-            damping=damping,
+            damping=problem.damping,
             importance=compression.importance,
             covering=compression.options.scales == "min-max",
         )
         used = solution.damping
         notes += solution.notes
-        master = solution.master if scale is None else solution.master * scale
-        layer.weight.copy_(from_matrix(master, layer.weight.shape))
+        layer.weight.copy_(from_matrix(solution.master * scale, layer.weight.shape))
         if compression.mask is not None and solution.mask is not None:
             compression.mask.copy_(solution.mask)
         if solution.scale is not None:
@@ -424,471 +223,8 @@ def _start(
     compressed = to_matrix(fake_quantized(layer))
     if bias is not None:
         bias += (whole - compressed) @ moments.mean.to(weight.device)
-    after = _relative_error(whole, compressed, seen)
+    after = relative_error(problem.matrix, compressed / scale, problem.hessian)
     return LayerCalibration(
-        name, str(compression.spec), matrix.shape[0], matrix.shape[1], moments.count, before, after, used,
+        name, str(compression.spec), whole.shape[0], whole.shape[1], moments.count, before, after, used,
         time.perf_counter() - started, "; ".join(notes),
     )  # fmt: skip
-
-
-def _importance(hessian: Tensor) -> Tensor:
-    """Mean squares of the inputs, their mean 1, none negligible."""
-    squares = hessian.diagonal()
-    mean = squares.mean()
-    if not mean > 0:
-        return torch.ones_like(squares)
-    return (squares / mean).clamp(min=_LEAST_IMPORTANCE)
-
-
-def _relative_error(weight: Tensor, compressed: Tensor, hessian: Tensor) -> float:
-    """tr(E H E^T) / tr(W H W^T) with E = W - What; 0 if both are zero."""
-    error = reference = 0.0
-    for low in range(0, len(weight), _BLOCK_ROWS):
-        block = weight[low : low + _BLOCK_ROWS]
-        difference = block - compressed[low : low + _BLOCK_ROWS]
-        error += float(((difference @ hessian) * difference).sum())
-        reference += float(((block @ hessian) * block).sum())
-    return max(error, 0.0) / reference if reference > 0 else 0.0
-
-
-@dataclass
-class Solution:
-    """A weight that `solve` pruned and rounded.
-
-    Attributes:
-        master: float32 `[rows, columns]`, master weights that prune and round to `values`.
-        values: float32 `[rows, columns]`, the compressed weight.
-        mask: bool `[rows, columns]`, or None if dense.
-        scale: float32 `[rows, groups]`, rounded as float16, or None if not quantized.
-        zero: float32 `[rows, groups]` if asymmetric, else None.
-        damping: the damping in the end.
-        notes: what was unusual.
-    """
-
-    master: Tensor
-    values: Tensor
-    mask: Tensor | None
-    scale: Tensor | None
-    zero: Tensor | None
-    damping: float
-    notes: list[str] = field(default_factory=list)
-
-
-def solve(
-    weight: Tensor,
-    hessian: Tensor,
-    spec: LayerSpec,
-    *,
-    damping: float = 0.01,
-    importance: Tensor | None = None,
-    covering: bool = False,
-) -> Solution:
-    """Prunes and rounds a weight so that its output on the given inputs changes little.
-
-    SparseGPT (arXiv 2301.00774) with GPTQ's rounding (arXiv 2210.17323): columns are handled in
-    turn; what pruning and rounding change in one is made up for by the columns still to come,
-    along the Cholesky factor of the inverse Hessian. The mask of each N:M group, and the scale of
-    each scale group, are chosen when the group is reached; a scale for the whole row is chosen first.
-    A second walk takes scales that suit the compensated weights; each row keeps the better walk.
-    Then codes and scales are improved in turn by coordinate descent, the masks staying. A row that
-    the plain start serves better keeps the plain start.
-
-    Args:
-        weight: float32 `[rows, columns]`.
-        hessian: float32 `[columns, columns]`, the mean of x x^T over the inputs x.
-        spec: what the weight becomes.
-        damping: what is added to the Hessian's diagonal, as a share of its mean. If the Hessian
-            cannot be inverted with it, ten times as much is, and so on.
-        importance: float32 `[columns]`, positive: the student's masks rank |master| * sqrt(importance).
-        covering: whether the student derives its scales from its largest master weights (min-max);
-            then no kept weight lies outside the codes, and each group has one at the end of its range.
-
-    Returns:
-        The solution. Its master weights are the compensated ones before rounding, moved so that they
-        round to the chosen codes (from inside each code's interval) and that their N:M mask is the
-        chosen one.
-    """
-    rows, columns = weight.shape
-    weight = weight.float()
-    if importance is None:
-        importance = torch.ones(columns, device=weight.device)
-    plan, damping, notes = _plan(hessian, spec, damping, covering)
-    master, values = torch.empty_like(weight), torch.empty_like(weight)
-    mask = None if spec.sparsity is None else torch.empty_like(weight, dtype=torch.bool)
-    scale = zero = None
-    if spec.quant is not None:
-        scale = torch.empty(rows, spec.scale_groups(columns), device=weight.device)
-        zero = None if spec.quant.symmetric else torch.empty_like(scale)
-    for low in range(0, rows, _BLOCK_ROWS):
-        block = slice(low, low + _BLOCK_ROWS)
-        part = _solve_rows(weight[block], importance, plan)
-        master[block], values[block] = part.master, part.values
-        for whole, piece in ((mask, part.mask), (scale, part.scale), (zero, part.zero)):
-            if whole is not None and piece is not None:
-                whole[block] = piece
-    return Solution(master, values, mask, scale, zero, damping, notes)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What all rows of a weight share.
-
-    Attributes:
-        spec: what the weight becomes.
-        order: int64 `[columns]`, the column at each position of the walk.
-        factor: float32 `[columns, columns]`, upper Cholesky factor of the inverse Hessian, in order.
-        hessian: float32 `[columns, columns]`, as it was given, not in order.
-        damped: the same with the damping on its diagonal.
-        blocks: first and last position (exclusive) of each block; no group crosses a block's edge.
-        patterns: position where an N:M group starts, to its width.
-        groups: position where a scale group starts, to its width and number; empty if the scale is
-            the row's.
-        covering: as for `solve`.
-    """
-
-    spec: LayerSpec
-    order: Tensor
-    factor: Tensor
-    hessian: Tensor
-    damped: Tensor
-    blocks: list[tuple[int, int]]
-    patterns: dict[int, int]
-    groups: dict[int, tuple[int, int]]
-    covering: bool
-
-
-def _plan(hessian: Tensor, spec: LayerSpec, damping: float, covering: bool) -> tuple[_Plan, float, list[str]]:
-    columns = len(hessian)
-    m = 1 if spec.sparsity is None else spec.sparsity.m
-    group = 1 if spec.group is None else spec.group
-    # A unit is the least run of columns that cuts neither an N:M group nor a scale group.
-    edges = [column for column in range(columns) if column % m == 0 and column % group == 0]
-    units = list(zip(edges, [*edges[1:], columns], strict=True))
-    squares = hessian.diagonal()
-    # The strongest inputs first: while there are many columns left to make up for their error.
-    known = squares.cpu()
-    strength = [float(known[first:last].mean()) for first, last in units]
-    units = [units[i] for i in sorted(range(len(units)), key=lambda i: -strength[i])]
-    order: list[int] = []
-    blocks, patterns, groups = [], {}, {}
-    start = 0
-    for first, last in units:
-        if len(order) - start >= _BLOCK_COLUMNS:
-            blocks.append((start, len(order)))
-            start = len(order)
-        for column in range(first, last):
-            position = len(order)
-            if spec.sparsity is not None and column % m == 0:
-                patterns[position] = min(m, columns - column)
-            if spec.group is not None and column % group == 0:
-                groups[position] = (min(group, columns - column), column // group)
-            order.append(column)
-    blocks.append((start, columns))
-    ordered = torch.tensor(order, device=hessian.device)
-    back = torch.argsort(ordered)
-    factor, damped, damping, notes = _inverse_factor(hessian[ordered][:, ordered], damping)
-    damped = damped[back][:, back].contiguous()
-    plan = _Plan(spec, ordered, factor, hessian, damped, blocks, patterns, groups, covering)
-    return plan, damping, notes
-
-
-def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, float, list[str]]:
-    """The upper triangular U with U^T U = D^-1, and D = H + damping * mean(diag H) * I, float32.
-
-    Also the damping that it took, and what was unusual.
-    """
-    values = hessian.double()
-    mean = float(values.diagonal().mean())
-    identity = torch.eye(len(values), dtype=torch.float64, device=values.device)
-    equal = identity.float()
-    if not mean > 0:
-        return equal, equal, damping, ["all inputs were zero: all counted alike"]
-    used = damping
-    for _ in range(_DAMPING_TRIES):
-        damped = values + used * mean * identity
-        # From the last column up: D = R R^T with R upper triangular, hence U = R^-1.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not int(failed):
-            factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True).float()
-            if bool(torch.isfinite(factor).all()) and bool((factor.diagonal() > 0).all()):
-                notes = [] if used == damping else [f"damping raised from {damping:g} to {used:g}"]
-                return factor, damped.float(), used, notes
-        used = max(used * 10.0, 1e-6)
-    return equal, equal, used, ["the Hessian could not be inverted: all inputs counted alike"]
-
-
-def _solve_rows(weight: Tensor, importance: Tensor, plan: _Plan) -> Solution:
-    """`solve` for some of the rows."""
-    spec, quant, nm = plan.spec, plan.spec.quant, plan.spec.sparsity
-    found = _walk(weight, plan)
-    if quant is not None:
-        # Compensation changes the weights that the scales were chosen for: choose them again.
-        again = _walk(weight, plan, *_scales(found.master, found.mask, plan))
-        found = _better(found, again, weight, plan.damped)
-        found = _polish(weight, found, plan)
-    found = _better(found, _plain(weight, importance, plan), weight, plan.hessian)
-    master = _fit_kept(found, plan)
-    scale, zero, values = found.scale, found.zero, found.values
-    if quant is not None and scale is not None and plan.covering:
-        _fit_range(master, found.mask, scale, zero, spec)
-        pruned = _pruned(master, found.mask)
-        scale, zero = q.min_max(pruned, quant, spec.group)
-        values = q.fake_quantize(pruned, found.mask, scale, zero, quant, spec.group)
-    if found.mask is not None and nm is not None:
-        master = _fit_pruned(master, found.mask, importance, nm)
-    return Solution(master, values, found.mask, scale, zero, 0.0)
-
-
-def _walk(weight: Tensor, plan: _Plan, scale: Tensor | None = None, zero: Tensor | None = None) -> Solution:
-    """The walk over the columns; its master weights are the compensated ones as they are.
-
-    Scales are chosen on the way unless they are given.
-    """
-    spec, quant, nm = plan.spec, plan.spec.quant, plan.spec.sparsity
-    rows, columns = weight.shape
-    # Transposed, so that the column at hand is contiguous.
-    work = weight[:, plan.order].T.contiguous()
-    values = torch.empty_like(work)
-    kept = None
-    diagonal = plan.factor.diagonal().unsqueeze(1)
-    if nm is not None:
-        kept = torch.empty(work.shape, dtype=torch.bool, device=work.device)
-        for position, width in plan.patterns.items():
-            _choose(work, kept, diagonal, position, width, nm)
-    given = scale is not None
-    row_scale = row_zero = None
-    if quant is not None:
-        if scale is None:
-            scale = torch.empty(rows, spec.scale_groups(columns), device=work.device)
-            zero = None if quant.symmetric else torch.empty_like(scale)
-        if spec.group is None and not given:
-            _scale_into(scale, zero, 0, work, kept, plan, 0, columns)
-        row_scale, row_zero = scale[:, 0], None if zero is None else zero[:, 0]
-    for start, stop in plan.blocks:
-        errors = torch.empty(stop - start, rows, device=work.device)
-        for position in range(start, stop):
-            if nm is not None and kept is not None and position in plan.patterns:
-                _choose(work, kept, diagonal, position, plan.patterns[position], nm)
-            if scale is not None and position in plan.groups:
-                width, number = plan.groups[position]
-                if not given:
-                    _scale_into(scale, zero, number, work, kept, plan, position, width)
-                row_scale = scale[:, number].contiguous()
-                row_zero = None if zero is None else zero[:, number].contiguous()
-            column, value = work[position], values[position]
-            _round(column, row_scale, row_zero, plan, out=value)
-            if kept is not None:
-                value.masked_fill_(~kept[position], 0.0)
-            error = torch.sub(column, value, out=errors[position - start]).div_(diagonal[position])
-            work[position + 1 : stop].addr_(plan.factor[position, position + 1 : stop], error, alpha=-1)
-        work[stop:].addmm_(plan.factor[start:stop, stop:].T, errors, alpha=-1)
-    back = torch.argsort(plan.order)
-    mask = None if kept is None else kept[back].T.contiguous()
-    return Solution(work[back].T.contiguous(), values[back].T.contiguous(), mask, scale, zero, 0.0)
-
-
-def _polish(weight: Tensor, found: Solution, plan: _Plan) -> Solution:
-    """Improves codes and scales in turn while the mask stays.
-
-    Coordinate descent: every column in turn is rounded from where the error of all the others
-    would have it (the walk only looks ahead); then each row's scale is fitted to its codes by
-    least squares. Neither can raise the error, but for the scale's rounding to float16.
-    """
-    quant, group = plan.spec.quant, plan.spec.group
-    assert quant is not None
-    assert found.scale is not None
-    columns = weight.shape[1]
-    scale, zero, hessian = found.scale, found.zero, plan.damped
-    squares = hessian.diagonal()
-    values, wanted = found.values.T.contiguous(), found.master.T.contiguous()
-    kept = None if found.mask is None else found.mask.T.contiguous()
-    original = weight.T.contiguous()
-    for _ in range(_SWEEPS):
-        pull = hessian @ (original - values)
-        if group is None and not plan.covering:
-            weighed = hessian @ values
-            size = (values * weighed).sum(dim=0)
-            ratio = torch.where(size > 0, 1.0 + (values * pull).sum(dim=0) / size, 1.0).clamp(0.5, 2.0)
-            fitted = q.round_scale(scale[:, 0] * ratio)
-            ratio = fitted / scale[:, 0]
-            pull -= weighed * (ratio - 1.0)
-            values, scale = values * ratio, fitted.unsqueeze(1)
-        for start in range(0, columns, _BLOCK_COLUMNS):
-            stop = min(start + _BLOCK_COLUMNS, columns)
-            before = values[start:stop].clone()
-            for column in range(start, stop):
-                number = 0 if group is None else column // group
-                value, target = values[column], wanted[column]
-                # Where the column would be best if it were not rounded; pruned ones stay as they were.
-                best = value + pull[column] / squares[column]
-                target.copy_(best if kept is None else torch.where(kept[column], best, target))
-                change = value.clone()
-                _round(target, scale[:, number], None if zero is None else zero[:, number], plan, out=value)
-                if kept is not None:
-                    value.masked_fill_(~kept[column], 0.0)
-                change.sub_(value)
-                pull[start:stop].addr_(hessian[start:stop, column], change)
-            changed = before.sub_(values[start:stop])
-            pull[:start].addmm_(hessian[:start, start:stop], changed)
-            pull[stop:].addmm_(hessian[stop:, start:stop], changed)
-    # The fit multiplied float values: take them from the codes again.
-    mask = found.mask
-    settled = q.fake_quantize(values.T.contiguous(), mask, scale, zero, quant, group)
-    return Solution(wanted.T.contiguous(), settled, mask, scale, zero, 0.0)
-
-
-def _plain(weight: Tensor, importance: Tensor, plan: _Plan) -> Solution:
-    """The start without compensation, as the student makes it."""
-    nm, quant = plan.spec.sparsity, plan.spec.quant
-    mask = None if nm is None else nm_mask(weight.abs() * importance.sqrt(), nm)
-    if quant is None:
-        return Solution(weight, _pruned(_to_half(weight), mask), mask, None, None, 0.0)
-    scale, zero = _scales(weight, mask, plan)
-    values = q.fake_quantize(_pruned(weight, mask), mask, scale, zero, quant, plan.spec.group)
-    return Solution(weight, values, mask, scale, zero, 0.0)
-
-
-def _better(one: Solution, other: Solution, weight: Tensor, hessian: Tensor) -> Solution:
-    """For each row the solution with the lesser output error."""
-
-    def errors(solution: Solution) -> Tensor:
-        difference = weight - solution.values
-        return ((difference @ hessian) * difference).sum(dim=1, keepdim=True)
-
-    better = errors(other) < errors(one)
-
-    def pick(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-        return None if first is None or second is None else torch.where(better, second, first)
-
-    return Solution(
-        torch.where(better, other.master, one.master), torch.where(better, other.values, one.values),
-        pick(one.mask, other.mask), pick(one.scale, other.scale), pick(one.zero, other.zero), 0.0,
-    )  # fmt: skip
-
-
-def _pruned(weight: Tensor, mask: Tensor | None) -> Tensor:
-    return weight if mask is None else weight.masked_fill(~mask, 0.0)
-
-
-def _round(column: Tensor, scale: Tensor | None, zero: Tensor | None, plan: _Plan, *, out: Tensor) -> None:
-    """Rounds one column `[rows]` to its codes' values, or to float16."""
-    quant = plan.spec.quant
-    if quant is None or scale is None:
-        out.copy_(_to_half(column))
-        return
-    offset = quant.zero if zero is None else zero
-    torch.div(column, scale, out=out)
-    out.add_(offset).round_().clamp_(_lowest_code(plan), quant.max_code)
-    out.sub_(offset).mul_(scale)
-
-
-def _choose(work: Tensor, kept: Tensor, diagonal: Tensor, position: int, width: int, nm: NM) -> None:
-    """Chooses the mask of one N:M group of all rows: what costs least after compensation goes."""
-    group = slice(position, position + width)
-    kept[group] = nm_mask((work[group] / diagonal[group]).square_().T, nm).T
-
-
-def _scale_into(
-    scale: Tensor, zero: Tensor | None, number: int,
-    work: Tensor, kept: Tensor | None, plan: _Plan, position: int, width: int,
-) -> None:  # fmt: skip
-    """Chooses the scale and zero point of one group from its weights as they are now."""
-    group = slice(position, position + width)
-    mask = None if kept is None else kept[group].T.contiguous()
-    found, found_zero = _scales(work[group].T.contiguous(), mask, plan, plan.order[group])
-    scale[:, number] = found[:, 0]
-    if zero is not None and found_zero is not None:
-        zero[:, number] = found_zero[:, 0]
-
-
-def _scales(
-    weight: Tensor, mask: Tensor | None, plan: _Plan, columns: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Scales and zero points for a weight, or one for these columns of it."""
-    quant = plan.spec.quant
-    assert quant is not None
-    group = plan.spec.group if columns is None else None
-    pruned = _pruned(weight, mask)
-    if plan.covering:
-        return q.min_max(pruned, quant, group)
-    squares = plan.hessian.diagonal()
-    squares = squares if columns is None else squares[columns]
-    importance = squares if bool((squares > 0).any()) else None
-    return q.min_error(pruned, mask, quant, group, importance=importance)
-
-
-def _lowest_code(plan: _Plan) -> int:
-    # Scales that cover the largest weight never reach the integer grid's lowest code (see `min_max`).
-    quant = plan.spec.quant
-    return int(plan.covering and quant is not None and quant.symmetric and quant.grid == "integer")
-
-
-def _to_half(values: Tensor) -> Tensor:
-    return values.clamp(-q.MAX_SCALE, q.MAX_SCALE).half().float()
-
-
-# -- master weights that stand for the solution -------------------------------------------------
-
-
-def _fit_kept(found: Solution, plan: _Plan) -> Tensor:
-    """Moves the weights into the rounding intervals of their codes, and away from zero.
-
-    At zero a kept weight would tie with pruned ones when masks are recomputed.
-    """
-    spec, quant = plan.spec, plan.spec.quant
-    wanted, values, scale, zero = found.master, found.values, found.scale, found.zero
-    if quant is None or scale is None:
-        return torch.where(wanted.abs() < _TINY, torch.full_like(wanted, _TINY), wanted)
-    columns = values.shape[1]
-    step = q.spread(scale, columns, spec.group)
-    low, high = values - _HALF_STEP * step, values + _HALF_STEP * step
-    if plan.covering:
-        offset = quant.zero if zero is None else q.spread(zero, columns, spec.group)
-        low = torch.maximum(low, (_lowest_code(plan) - offset) * step)
-        high = torch.minimum(high, (quant.max_code - offset) * step)
-    master = wanted.clamp(low, high)
-    least = (_LEAST_STEP * step).expand_as(master)
-    return torch.where(master.abs() < least, torch.where(high >= least, least, -least), master)
-
-
-def _fit_pruned(master: Tensor, kept: Tensor, importance: Tensor, nm: NM) -> Tensor:
-    """Moves pruned weights below the least kept one of their N:M group, as the student ranks them."""
-    rows, columns = master.shape
-    weights = importance.sqrt()
-    padding = -columns % nm.m
-    scores = (master.abs() * weights).masked_fill(~kept, float("inf"))
-    scores = nn.functional.pad(scores, (0, padding), value=float("inf")).reshape(rows, -1, nm.m)
-    limit = _BELOW_KEPT * scores.amin(dim=-1, keepdim=True).expand(scores.shape)
-    limit = limit.reshape(rows, -1)[:, :columns] / weights
-    return torch.where(kept, master, master.clamp(-limit, limit))
-
-
-def _fit_range(
-    master: Tensor, kept: Tensor | None, scale: Tensor, zero: Tensor | None, spec: LayerSpec
-) -> None:
-    """Moves the largest kept weights of each scale group to the ends of its range, in place.
-
-    A student whose scales follow the largest weights then finds the scales that were chosen.
-    """
-    quant, columns = spec.quant, master.shape[1]
-    assert quant is not None
-    size = columns if spec.group is None else spec.group
-    for number, first in enumerate(range(0, columns, size)):
-        values, step = master[:, first : first + size], scale[:, number : number + 1]
-        present = torch.ones_like(values, dtype=torch.bool) if kept is None else kept[:, first : first + size]
-        # The least scale stands for groups without any large weight.
-        movable = present.any(dim=1, keepdim=True) & (step > q.MIN_SCALE)
-        if zero is None:
-            reach = quant.zero if quant.grid == "midrise" else quant.max_code - quant.zero
-            at = values.abs().masked_fill(~present, -1.0).argmax(dim=1, keepdim=True)
-            ends = [(at, (reach * step).copysign(values.gather(1, at)), movable)]
-        else:
-            offset = zero[:, number : number + 1]
-            highest = values.masked_fill(~present, -torch.inf).argmax(dim=1, keepdim=True)
-            lowest = values.masked_fill(~present, torch.inf).argmin(dim=1, keepdim=True)
-            ends = [
-                (highest, (quant.max_code - offset) * step, movable & (offset < quant.max_code)),
-                (lowest, -offset * step, movable & (offset > 0)),
-            ]
-        for at, end, where in ends:
-            values.scatter_(1, at, torch.where(where, end, values.gather(1, at)))

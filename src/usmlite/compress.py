@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import tomli_w
 import torch
 from accelerate import PartialState
 from rich.console import Console
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from usmlite import finetune as training
 from usmlite import report
 from usmlite import student as students
+from usmlite.allocate import allocate
 from usmlite.atomic import write_bytes, write_json
 from usmlite.audio import WINDOW_SECONDS
 from usmlite.calibrate import calibrate
@@ -27,15 +29,25 @@ from usmlite.checkpoint import CheckpointFolder, load_student, save_student
 from usmlite.data import Utterance, load_corpus, usable_for_training
 from usmlite.errors import OutputError, RecipeError
 from usmlite.evaluate import Evaluation, compare, describe_machine, describe_versions, evaluate
-from usmlite.load import PACKED_FOLDER, RECIPE_FILE, dense_recognizer, load, student_options
+from usmlite.load import (
+    PACKED_FOLDER,
+    RECIPE_FILE,
+    SPEC_FILE,
+    dense_recognizer,
+    load,
+    run_spec,
+    student_options,
+)
 from usmlite.models import Teacher, TimedText, load_teacher
 from usmlite.pack import pack
 from usmlite.recipe import Recipe, load_recipe, recipe_to_dict, recipe_to_toml
 from usmlite.runtime import Recognizer
-from usmlite.spec import KEEP, CompressionSpec, matrix_shape
+from usmlite.spec import KEEP, CompressionSpec, Rule, matrix_shape
 from usmlite.transcripts import transcribe_corpus, with_targets
 
-REPORT_FILE = "report.json"
+REPORT_FILE, ALLOCATION_FILE = "report.json", "allocation.json"
+# What a stored tensor takes in the header of the packed file, and into how many a weight is cut; about.
+_HEADER_BYTES, _PARTS = 140, 3
 
 
 def compress(recipe: Recipe, output: Path, *, console: Console | None = None) -> dict[str, Any]:
@@ -58,12 +70,13 @@ def compress(recipe: Recipe, output: Path, *, console: Console | None = None) ->
     if console is None or not processes.is_main_process:
         console = Console(quiet=True)
     started = time.perf_counter()
-    spec = recipe.spec.build()
     with processes.main_process_first():
         claim(output, recipe)
     teacher = load_teacher(recipe.model.source)
     teacher.adapter.centre(teacher.model)
     speech = Speech.load(recipe)
+    with processes.main_process_first():
+        spec = choose_spec(recipe, teacher, speech, output, console)
     console.print(plan(recipe, spec, teacher, speech), markup=False)
 
     student, calibration = start_student(recipe, spec, teacher, speech, output, console)
@@ -197,6 +210,74 @@ def claim(output: Path, recipe: Recipe) -> None:
         raise OutputError("cannot use the output directory", where=output, found=error.strerror) from None
 
 
+def choose_spec(
+    recipe: Recipe, teacher: Teacher, speech: Speech, output: Path, console: Console
+) -> CompressionSpec:
+    """The recipe's spec; with a target size, the one that measuring found best, kept in `spec.toml`.
+
+    Raises:
+        SpecError: the target size cannot be reached.
+        RecipeError: no speech to measure on.
+    """
+    target = recipe.spec.target_bytes(teacher.float32_bytes)
+    if target is None or (output / SPEC_FILE).is_file():
+        return run_spec(output, recipe)
+    if not speech.train:
+        raise RecipeError(
+            "a target size needs speech to measure on",
+            where="data.train (--data)",
+            remedy="Name some speech, or give --bits and --sparsity instead of --target-size.",
+        )
+    fixed = [Rule.from_dict(rule) for rule in recipe.spec.rules]
+    kinds = {
+        name.removesuffix(".weight"): kind
+        for name, kind in teacher.adapter.compressible(teacher.model).items()
+        if kind != "positions"
+    }
+    kinds = {name: kind for name, kind in kinds.items() if not any(r.covers(name, kind) for r in fixed)}
+    base = recipe.spec.build()
+    shapes = {name: cast(Tensor, teacher.model.get_submodule(name).weight).shape for name in kinds}
+    chosen_here = sum(base.resolve(n, k).bytes(*matrix_shape(shapes[n])) for n, k in kinds.items())
+    tensors = _PARTS * len(kinds) + len(list(teacher.model.parameters()))
+    rest = expected_bytes(base, teacher) - chosen_here + _HEADER_BYTES * tensors
+    bars: dict[str, Any] = {}
+    with ExitStack() as stack:
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                stack.close()  # one bar at a time
+                bars[stage] = stack.enter_context(_bar(console, f"Measuring {stage}", total))
+            bars[stage](done, total)
+
+        found = allocate(
+            teacher.model,
+            kinds,
+            list(calibration_batches(recipe, teacher, speech)),
+            target - rest,
+            autocast=_calibration_autocast(recipe),
+            progress=progress,
+        )
+    write_json(output / ALLOCATION_FILE, found.to_dict())
+    rules = [*recipe.spec.rules, *(rule.to_dict() for rule in found.rules())]
+    # Last, because its presence says that the choice is made.
+    write_bytes(output / SPEC_FILE, tomli_w.dumps({"spec": {"rules": rules}}).encode())
+    rows = [
+        report.LayerRow(w.name, w.shape, w.kind, str(w.choice.spec), w.choice.bytes) for w in found.weights
+    ]
+    console.print(report.layer_table(rows, title="What each weight becomes"))
+    console.print(
+        f"Predicted KL from the dense model before fine-tuning: {found.loss:.3f} nats a word. "
+        f"The choice is in {output / SPEC_FILE}; edited, it can be given as --recipe.",
+        markup=False,
+    )
+    return run_spec(output, recipe)
+
+
+def _calibration_autocast(recipe: Recipe) -> torch.dtype | None:
+    precision = training.autocast_precision(recipe.training.precision, torch.device("cpu"))
+    return torch.bfloat16 if precision == "bf16" else None
+
+
 def expected_bytes(spec: CompressionSpec, teacher: Teacher) -> int:
     """Bytes of the packed tensors, before the file's header."""
     kinds = {n.removesuffix(".weight"): k for n, k in teacher.adapter.compressible(teacher.model).items()}
@@ -268,14 +349,13 @@ def start_student(
     if resumed or recipe.student.start == "magnitude" or not students.layer_specs(student):
         return student, None
     windows = calibration_batches(recipe, teacher, speech)
-    precision = training.autocast_precision(recipe.training.precision, torch.device("cpu"))
     with _bar(console, "Starting point", len(students.layer_specs(student))) as progress:
         found = calibrate(
             student,
             teacher.model,
             windows,
             method=recipe.student.start,  # type: ignore[arg-type]
-            autocast=torch.bfloat16 if precision == "bf16" else None,
+            autocast=_calibration_autocast(recipe),
             progress=lambda stage, done, total: progress(done, total or done),
         )
     if PartialState().is_main_process:

@@ -12,10 +12,12 @@ from usmlite.packed import load_packed
 from usmlite.packfile import WEIGHTS_NAME, is_packed
 from usmlite.recipe import Recipe, load_recipe
 from usmlite.runtime import Recognizer
-from usmlite.spec import matrix_shape
+from usmlite.spec import CompressionSpec, matrix_shape
 from usmlite.student import StudentOptions, dense_equivalent, layer_specs, make_student
 
 RECIPE_FILE, PACKED_FOLDER, STUDENT_FILE = "recipe.toml", "packed", "student.safetensors"
+SPEC_FILE = "spec.toml"
+"""The rules that were chosen for a target size, as a recipe of their own."""
 
 
 def load(source: str | Path, *, hold: Literal["float32", "int8", "packed"] = "float32") -> Recognizer:
@@ -59,6 +61,12 @@ def dense_recognizer(teacher: Teacher) -> Recognizer:
     )
 
 
+def run_spec(run: Path, recipe: Recipe) -> CompressionSpec:
+    """The spec of a run: the one that was chosen for its target size, else the recipe's."""
+    chosen = run / SPEC_FILE
+    return (load_recipe(chosen) if chosen.is_file() else recipe).spec.build()
+
+
 def student_options(recipe: Recipe) -> StudentOptions:
     """How the recipe wants scales and masks to behave."""
     wanted = recipe.student
@@ -80,7 +88,7 @@ def _load_student(path: Path) -> Recognizer:
     student = make_student(
         teacher.model,
         adapter.compressible(teacher.model),
-        recipe.spec.build(),
+        run_spec(run, recipe),
         student_options(recipe),
         computed=adapter.computed(teacher.model),
         start=False,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import sys
 import types
 import typing
@@ -89,7 +90,32 @@ class SpecRecipe:
         "bits of token embeddings, which are not pruned; 0 for the least that cost no fewer bytes than "
         "pruned ones of the other bits (3 for int4 with 2:4)",
     )
+    target_size: str | None = _key(
+        None,
+        "size of the packed file, such as 9.4% (of float32), 14MB or 14000000: bits and sparsity are then "
+        "chosen for each weight by measuring (rules still decide first)",
+    )
     rules: tuple[dict[str, Any], ...] = ()
+
+    def target_bytes(self, float32_bytes: int) -> int | None:
+        """`target_size` in bytes; None if there is none.
+
+        Raises:
+            RecipeError: it cannot be read.
+        """
+        if self.target_size is None:
+            return None
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[kKMG]?B?)\s*", self.target_size)
+        factors = {"": 1.0, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "K": 1e3, "M": 1e6, "G": 1e9}
+        if match is None or not float(match[1]) > 0:
+            raise RecipeError(
+                "unreadable size",
+                where="spec.target_size",
+                expected="a share such as 9.4%, or bytes such as 14MB or 14000000",
+                found=repr(self.target_size),
+            )
+        number, unit = float(match[1]), match[2].upper()
+        return int(number / 100 * float32_bytes if unit == "%" else number * factors[unit])
 
     def build(self) -> CompressionSpec:
         """The compression spec: `rules` first, then the one-line settings.
@@ -342,6 +368,7 @@ def build_recipe(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
         built[section] = _section_class(section)(**checked)
     recipe = Recipe(**built)
     recipe.spec.build()
+    recipe.spec.target_bytes(1)
     return recipe
 
 

@@ -1,0 +1,95 @@
+"""Allocation: the choice is the best within the budget, and the model is left as it was."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+from small_whisper import small_teacher
+from usmlite.allocate import Allocation, Candidate, WeightAllocation, allocate, choose
+from usmlite.errors import SpecError
+from usmlite.spec import Int, LayerSpec
+
+
+def weight(name: str, *pairs: tuple[int, float]) -> WeightAllocation:
+    found = tuple(Candidate(LayerSpec(Int(8 - i)), size, loss, loss) for i, (size, loss) in enumerate(pairs))
+    return WeightAllocation(name, "linear", (1, 1), 1.0, found, 0)
+
+
+def brute_force(weights: list[WeightAllocation], budget: int) -> float:
+    return min(
+        sum(c.loss for c in chosen)
+        for chosen in itertools.product(*(w.candidates for w in weights))
+        if sum(c.bytes for c in chosen) <= budget
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_choice_is_the_best_within_the_budget(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weights = []
+    for number in range(5):
+        sizes = torch.randint(10, 900, (4,), generator=generator).sort().values.tolist()
+        losses = torch.rand(4, generator=generator).sort(descending=True).values.tolist()
+        weights.append(weight(str(number), *zip(sizes, losses, strict=True)))
+    least = sum(w.candidates[0].bytes for w in weights)
+    most = sum(w.candidates[-1].bytes for w in weights)
+    for budget in (least, (least + most) // 2, most, 10 * most):
+        found = choose(weights, budget)
+        assert found.bytes <= budget
+        assert found.loss == pytest.approx(brute_force(weights, budget))
+
+
+def test_a_budget_beyond_reach_names_the_least() -> None:
+    with pytest.raises(SpecError, match=r"at least 12 bytes for the 2 weights.*found 11"):
+        choose([weight("a", (5, 1.0), (9, 0.1)), weight("b", (7, 2.0))], 11)
+
+
+@pytest.fixture(scope="module")
+def measured() -> tuple[Allocation, torch.nn.Module, dict[str, torch.Tensor]]:
+    model, adapter = small_teacher()
+    before = copy.deepcopy(model.state_dict())
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(0, 250, (2, 12), generator=generator)
+    batch = {
+        "input_features": torch.randn(2, 8, 3000, generator=generator),
+        "decoder_input_ids": ids,
+        "labels": torch.where(torch.arange(12) < 9, ids, -100),
+    }
+    kinds = {name.removesuffix(".weight"): kind for name, kind in adapter.compressible(model).items()}
+    told: list[str] = []
+    found = allocate(model, kinds, [batch], 60_000, progress=lambda stage, done, total: told.append(stage))
+    assert list(dict.fromkeys(told)) == ["moments", "sensitivity", "candidates"]
+    assert {w.name: w.kind for w in found.weights} == kinds
+    return found, model, before
+
+
+def test_every_weight_gets_a_spec_and_the_budget_is_kept(measured) -> None:
+    found, _, _ = measured
+    assert found.bytes <= 60_000
+    assert [rule.match for rule in found.rules()] == [w.name for w in found.weights]
+    for each in found.weights:
+        sizes = [c.bytes for c in each.candidates]
+        losses = [c.loss for c in each.candidates]
+        assert sizes == sorted(sizes)
+        assert losses == sorted(losses, reverse=True)
+        if each.kind == "embedding":
+            assert all(c.spec.sparsity is None and c.spec.column_scales for c in each.candidates)
+    assert any(w.sensitivity > 0 for w in found.weights)
+    assert len({str(w.choice.spec) for w in found.weights}) > 1
+    assert found.to_dict()["bytes"] == found.bytes
+
+
+def test_the_model_is_left_as_it_was(measured) -> None:
+    _, model, before = measured
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_more_bytes_predict_less_loss(measured) -> None:
+    found, _, _ = measured
+    losses = [choose(found.weights, budget).loss for budget in (40_000, 60_000, 90_000)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] > losses[2]
