@@ -315,3 +315,15 @@ def test_log_mel_frames_are_whole_hops() -> None:
 def test_log_mel_refuses_other_shapes(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="samples must be"):
         log_mel(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_speed_changes_length_and_pitch(tmp_path: Path, rate: int) -> None:
+    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(2 * rate) / rate)
+    soundfile.write(tmp_path / "tone.wav", tone, rate)
+    fast = load_audio(tmp_path / "tone.wav", speed=1.25)
+    assert abs(len(fast) - 2 * 16_000 / 1.25) <= 2
+    spectrum = np.abs(np.fft.rfft(fast * np.hanning(len(fast))))
+    assert spectrum.argmax() * 16_000 / len(fast) == pytest.approx(550, abs=1)
+    with pytest.raises(ValueError, match="speed"):
+        load_audio(tmp_path / "tone.wav", speed=0.0)

@@ -156,7 +156,7 @@ def test_a_target_size_is_met_and_its_spec_kept(model, speech, tmp_path):
 
 
 def test_a_target_size_beyond_reach_names_the_least(model, speech, tmp_path):
-    with pytest.raises(UsmliteError, match="the budget cannot be reached.*at least"):
+    with pytest.raises(UsmliteError, match=r"the budget cannot be reached.*at least"):
         compress(recipe(model, speech, spec={"target_size": "1%"}), tmp_path / "run")
 
 

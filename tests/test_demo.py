@@ -75,14 +75,6 @@ def test_degrade_stays_in_bounds() -> None:
     )
 
 
-def test_low_pass_is_the_recursion() -> None:
-    white = np.random.default_rng(0).standard_normal(600)
-    expected = np.zeros(600)
-    for index in range(600):
-        expected[index] = white[index] + (0.8 * expected[index - 1] if index else 0.0)
-    np.testing.assert_allclose(demo._low_pass(white, 0.8), expected, atol=1e-9)
-
-
 def test_foreign_directories_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"thesis\.txt"):

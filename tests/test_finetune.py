@@ -165,15 +165,30 @@ def test_ctrl_c_finishes_the_step_and_saves(speech, tmp_path):
     assert same(whole, resumed)
 
 
-def test_spec_augment_masks_a_copy_and_repeats_with_its_generator():
-    features = torch.randn(2, 80, 3000)
-    before = features.clone()
-    one = loop.spec_augment(features, torch.Generator().manual_seed(1))
-    two = loop.spec_augment(features, torch.Generator().manual_seed(1))
-    assert torch.equal(features, before)
-    assert torch.equal(one, two)
-    changed = (one != features).float().mean().item()
-    assert 0.0 < changed < 0.6
+def test_speech_is_changed_anew_in_every_epoch_and_the_same_again(speech):
+    plan = build_recipe({
+        "training": {"steps": 50, "batch_size": 1},
+        "data": {"speed": 0.1, "noise": 0.5, "level": 6.0, "single": 1.0},
+    })  # fmt: skip
+    one, two, plain = (loop.TrainingWindows(speech, p) for p in (plan, plan, recipe(50)))
+    lengths: dict[str, set[float]] = {}
+    for index in range(3 * len(speech)):
+        assert torch.equal(one[index][0], two[index][0])
+        (utterance,) = one.window(index).utterances
+        lengths.setdefault(utterance.id, set()).add(utterance.duration)
+        original = next(u for u in speech if u.id == utterance.id)
+        assert utterance.duration == pytest.approx(original.duration / utterance.speed)
+        assert 0.9 <= utterance.speed <= 1.1
+        assert one[index][1][0].end == utterance.duration
+    assert all(len(found) == 3 for found in lengths.values())
+    assert not torch.equal(one[0][0], plain[0][0])
+
+
+def test_speech_that_would_not_fit_keeps_its_speed():
+    full = Utterance("a", Path("a.wav"), 29.9, "a")
+    speeds = [loop.at_random_speeds([full], 0.1, str(seed))[0].speed for seed in range(20)]
+    assert min(speeds) == 1.0
+    assert max(speeds) > 1.0
 
 
 @pytest.mark.parametrize("hears", ["same", "clean"])

@@ -74,7 +74,14 @@ def test_rules_come_before_the_one_line_settings() -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("9.4%", 94_000), ("50 %", 500_000), ("14.2MB", 14_200_000), ("80kB", 80_000), ("1234", 1234), (None, None)],
+    [
+        ("9.4%", 94_000),
+        ("50 %", 500_000),
+        ("14.2MB", 14_200_000),
+        ("80kB", 80_000),
+        ("1234", 1234),
+        (None, None),
+    ],
 )
 def test_target_sizes(text: str | None, expected: int | None) -> None:
     recipe = build_recipe({"spec": {} if text is None else {"target_size": text}})
@@ -99,6 +106,7 @@ def test_target_sizes(text: str | None, expected: int | None) -> None:
         ({"training": {"batch_size": 0}}, RecipeError, ["training.batch_size", "at least 1"]),
         ({"training": {"learning_rate": float("nan")}}, RecipeError, ["training.learning_rate", "nan"]),
         ({"training": {"warmup": 1.5}}, RecipeError, ["training.warmup", "from 0 to 1"]),
+        ({"data": {"speed": 0.6}}, RecipeError, ["data.speed", "from 0 to 0.5"]),
         ({"student": {"mask_freeze": -0.1}}, RecipeError, ["student.mask_freeze", "from 0 to 1"]),
         ({"student": {"scales": "minmax"}}, RecipeError, ["student.scales", "Did you mean 'min-max'?"]),
         ({"data": {"targets": "labels"}}, RecipeError, ["data.targets", "teacher, text"]),

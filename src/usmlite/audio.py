@@ -43,6 +43,7 @@ def load_audio(
     start: float = 0.0,
     seconds: float | None = None,
     max_seconds: float | None = None,
+    speed: float = 1.0,
 ) -> np.ndarray:
     """Reads an audio file as mono 16 kHz samples.
 
@@ -56,6 +57,8 @@ def load_audio(
         seconds: how much to read; None for all that follows. A part that was asked for by `start` or
             `seconds` may be silent, a whole file may not.
         max_seconds: refuse a file longer than this (the whole file, whatever part is read).
+        speed: play it this many times as fast, with the pitch that goes with it; all other arguments
+            speak of the file.
 
     Returns:
         float32 `[samples]`, in -1 to 1.
@@ -64,8 +67,10 @@ def load_audio(
         AudioError: the file is missing, unreadable, not audio, empty, cut short, silent, shorter than
             0.1 s, longer than `max_seconds`, or holds NaN or infinity.
     """
-    if start < 0 or (seconds is not None and seconds <= 0):
-        raise ValueError(f"start must be >= 0 and seconds > 0, got start={start}, seconds={seconds}")
+    if start < 0 or (seconds is not None and seconds <= 0) or not 0.25 <= speed <= 4.0:
+        raise ValueError(
+            f"start must be >= 0, seconds > 0 and speed 0.25 to 4, got {start=}, {seconds=}, {speed=}"
+        )
     with _opened(path) as sound:
         rate = sound.samplerate
         if max_seconds is not None and sound.frames > max_seconds * rate:
@@ -89,8 +94,8 @@ def load_audio(
             with _decoding(path):
                 sound.seek(first)
         resampler = None
-        if rate != SAMPLE_RATE:
-            resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
+        if rate * speed != SAMPLE_RATE:
+            resampler = soxr.ResampleStream(rate * speed, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
         pieces = []
         read = 0
         for block in _blocks(path, sound, wanted):

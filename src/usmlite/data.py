@@ -48,6 +48,7 @@ class Utterance:
         duration: its length in seconds.
         text: what is said; None where nobody wrote it down.
         speaker: who says it; None where unknown.
+        speed: how many times as fast it is played; the duration is that of the speech as it is played.
     """
 
     id: str
@@ -55,6 +56,7 @@ class Utterance:
     duration: float
     text: str | None = None
     speaker: str | None = None
+    speed: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,8 @@ def load_window(window: Window) -> np.ndarray:
     samples = np.zeros(WINDOW_SAMPLES, np.float32)
     firsts = [round(start * SAMPLE_RATE) for start in window.starts]
     for utterance, first, end in zip(window.utterances, firsts, [*firsts[1:], WINDOW_SAMPLES], strict=True):
-        audio = load_audio(utterance.audio, max_seconds=WINDOW_SECONDS + 1.0)
+        longest = (WINDOW_SECONDS + 1.0) * utterance.speed
+        audio = load_audio(utterance.audio, max_seconds=longest, speed=utterance.speed)
         excess = first + len(audio) - end
         if excess > MIN_SECONDS * SAMPLE_RATE:
             raise DataError(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import soundfile
@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from usmlite.atomic import write_json
+from usmlite.augment import add_noise
 from usmlite.compress import compress
 from usmlite.data import Utterance, load_corpus, write_manifest
 from usmlite.errors import ModelError, OutputError
@@ -34,7 +35,7 @@ COUNTS = {"train": 480, "dev": 24, "test": 72}
 SPEEDS = (0.85, 0.95, 1.0, 1.1, 1.2)
 SNR_DB = (15.0, 40.0)
 LEVEL_DB = (-18.0, 0.0)
-_DONE_FILE, _VERSION = "speech.json", 1
+_DONE_FILE, _VERSION = "speech.json", 2
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "model": {"source": "tiny.en"},
@@ -200,24 +201,10 @@ def degrade(clean: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """
     before, after = (int(rng.uniform(0.1, 0.4) * VOICE_RATE) for _ in range(2))
     padded = np.pad(clean.astype(np.float64), (before, after))
-    white = rng.standard_normal(len(padded))
-    # Between white noise and its running sum lies the noise of rooms and fans.
-    color = rng.uniform(0.0, 0.95)
-    noise = _low_pass(white, color)
-    power, noise_power = float(np.mean(clean**2)), float(np.mean(noise**2))
-    snr = rng.uniform(*SNR_DB)
-    noisy = padded + noise * np.sqrt(power / noise_power / 10 ** (snr / 10))
+    noisy = add_noise(padded, rng.uniform(*SNR_DB), rng)
     level = 10 ** (rng.uniform(*LEVEL_DB) / 20)
     peak = max(1e-9, float(np.abs(noisy).max()))
-    return cast(np.ndarray, (noisy * (0.98 * level / peak)).astype(np.float32))
-
-
-def _low_pass(white: np.ndarray, color: float) -> np.ndarray:
-    """y[t] = color * y[t - 1] + white[t], by its impulse response."""
-    response = color ** np.arange(256.0)
-    size = len(white) + len(response)
-    product = np.fft.rfft(white, size) * np.fft.rfft(response, size)
-    return np.fft.irfft(product, size)[: len(white)]
+    return (noisy * (0.98 * level / peak)).astype(np.float32)
 
 
 def _hibari() -> Voice:

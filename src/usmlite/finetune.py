@@ -13,10 +13,11 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from usmlite import student as students
 from usmlite.atomic import write_bytes
+from usmlite.audio import WINDOW_SECONDS
+from usmlite.augment import add_noise, spec_augment
 from usmlite.checkpoint import CheckpointFolder, save_student
 from usmlite.data import Utterance, Window, load_window, pack_windows
 from usmlite.distill import Distillation, LossWeights
@@ -32,6 +35,9 @@ from usmlite.memory import PeakMemory
 from usmlite.models import TimedText, WhisperAdapter
 from usmlite.recipe import Recipe
 from usmlite.schedule import masks_frozen, rate
+
+# Power of speech over that of noise where noise is added, in dB: from a busy room to a quiet one.
+_SNR_DB = (10.0, 40.0)
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,21 @@ class Outcome:
     peak_memory_bytes: int
 
 
+def at_random_speeds(utterances: Sequence[Utterance], spread: float, seed: str) -> list[Utterance]:
+    """The utterances, each played at a speed drawn from 1 - spread to 1 + spread.
+
+    Those that would no longer fit a window are left at their own speed.
+    """
+    rng = random.Random(f"speed/{seed}")
+    out = []
+    for utterance in utterances:
+        speed = rng.uniform(1.0 - spread, 1.0 + spread) if spread else 1.0
+        slower = replace(utterance, speed=speed, duration=utterance.duration / speed)
+        # A few samples more than its share may come out of the resampler.
+        out.append(slower if slower.duration + 0.01 <= WINDOW_SECONDS else utterance)
+    return out
+
+
 class TrainingWindows(Dataset[tuple[Tensor, list[TimedText], bool]]):
     """Endless training windows, item i a function of (seed, i): each epoch packs the speech anew.
 
@@ -94,10 +115,11 @@ class TrainingWindows(Dataset[tuple[Tensor, list[TimedText], bool]]):
         return training.steps * training.batch_size * training.accumulate
 
     def _epoch(self, number: int) -> list[Window]:
+        seed = self.recipe.training.seed
         if number not in self._epochs:
             self._epochs[number] = pack_windows(
-                self.utterances,
-                seed=self.recipe.training.seed,
+                at_random_speeds(self.utterances, self.recipe.data.speed, f"{seed}/{number}"),
+                seed=seed,
                 epoch=number,
                 single_fraction=self.recipe.data.single,
             )
@@ -112,34 +134,19 @@ class TrainingWindows(Dataset[tuple[Tensor, list[TimedText], bool]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, list[TimedText], bool]:
         window = self.window(index)
+        rng = np.random.default_rng([self.recipe.training.seed, index])
+        samples = load_window(window)
+        data = self.recipe.data
+        if rng.random() < data.noise:
+            samples = add_noise(samples, rng.uniform(*_SNR_DB), rng).astype(np.float32)
+        if data.level:
+            samples = samples * np.float32(10 ** (rng.uniform(-data.level, data.level) / 20))
         texts = [
             TimedText(start, start + utterance.duration, utterance.text or "")
             for utterance, start in zip(window.utterances, window.starts, strict=True)
         ]
         draw = random.Random(f"timestamps/{self.recipe.training.seed}/{index}").random()
-        return torch.from_numpy(load_window(window)), texts, draw < self.recipe.data.timestamps
-
-
-def spec_augment(features: Tensor, generator: torch.Generator) -> Tensor:
-    """Silences two bands of frequency and five stretches of time (SpecAugment, arXiv 1904.08779).
-
-    Args:
-        features: float `[batch, mels, frames]`; not changed.
-        generator: on the CPU.
-
-    Returns:
-        A masked copy; masked places have the window's mean.
-    """
-    out = features.clone()
-    batch, mels, frames = features.shape
-    for row in range(batch):
-        fill = features[row].mean()
-        for axis, count, widest in ((0, 2, mels // 6), (1, 5, frames // 40)):
-            for _ in range(count):
-                width = int(torch.randint(0, widest + 1, (), generator=generator))
-                start = int(torch.randint(0, (mels, frames)[axis] - width + 1, (), generator=generator))
-                out[row].narrow(axis, start, width).copy_(fill)
-    return out
+        return torch.from_numpy(samples), texts, draw < self.recipe.data.timestamps
 
 
 def autocast_precision(choice: str, device: torch.device) -> str:

@@ -70,6 +70,9 @@ class DataRecipe:
     )
     timestamps: float = _key(0.1, "share of the training windows that are written with timestamps")
     single: float = _key(0.15, "share of the training windows with one short utterance and then silence")
+    speed: float = _key(0.0, "play training speech up to this share faster or slower (0.1: 0.9 to 1.1 times)")
+    noise: float = _key(0.0, "share of the training windows with noise added, at 10 to 40 dB")
+    level: float = _key(0.0, "raise or lower training speech by up to this many dB")
 
 
 @dataclass(frozen=True)
@@ -321,8 +324,17 @@ _LOWEST = {
     "training.embedding_learning_rate": 0.0,
     "student.mask_decay": 0.0,
     "data.max_wer": 0.0,
+    "data.level": 0.0,
 }
-_SHARES = {"data.timestamps", "data.single", "student.mask_freeze", "training.warmup", "training.final_rate"}
+_SHARES = {
+    "data.timestamps": 1.0,
+    "data.single": 1.0,
+    "data.noise": 1.0,
+    "data.speed": 0.5,
+    "student.mask_freeze": 1.0,
+    "training.warmup": 1.0,
+    "training.final_rate": 1.0,
+}
 
 
 def build_recipe(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
@@ -358,10 +370,10 @@ def build_recipe(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
             checked[key] = _checked(section, *known[key], value, where)
             place = f"{section}.{key}"
             low = 0.0 if place in _SHARES else _LOWEST.get(place)
-            high = 1.0 if place in _SHARES else None
+            high = _SHARES.get(place)
             too_low = low is not None and not checked[key] >= low
             if too_low or (high is not None and checked[key] > high):
-                bound = f"at least {low:g}" if high is None else "a share from 0 to 1"
+                bound = f"at least {low:g}" if high is None else f"a share from 0 to {high:g}"
                 raise RecipeError(
                     "out of range", where=f"{where}: {place}", expected=bound, found=checked[key]
                 )

@@ -1,0 +1,61 @@
+"""Changes of the speech that the student trains on: noise, level, and holes in its spectrum.
+
+Changes of speed are made where audio is read (`audio.load_audio`): they change how much fits a window.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_LONGEST_ECHO = 256  # samples of the impulse response that colors noise
+
+
+def add_noise(samples: np.ndarray, snr_db: float, rng: np.random.Generator) -> np.ndarray:
+    """Adds noise of a random color, from white to the rumble of rooms and fans.
+
+    Args:
+        samples: float `[samples]`; not changed.
+        snr_db: power of the samples over that of the noise, in dB.
+        rng: draws color and noise.
+
+    Returns:
+        float64 `[samples]`.
+    """
+    white = rng.standard_normal(len(samples))
+    # Between white noise and its running sum.
+    noise = _low_pass(white, rng.uniform(0.0, 0.95))
+    power, noise_power = float(np.mean(np.square(samples, dtype=np.float64))), float(np.mean(noise**2))
+    return samples + noise * np.sqrt(power / noise_power / 10 ** (snr_db / 10))
+
+
+def _low_pass(white: np.ndarray, color: float) -> np.ndarray:
+    """y[t] = color * y[t - 1] + white[t], by its impulse response."""
+    response = color ** np.arange(float(_LONGEST_ECHO))
+    size = len(white) + len(response)
+    product = np.fft.rfft(white, size) * np.fft.rfft(response, size)
+    out: np.ndarray = np.fft.irfft(product, size)[: len(white)]
+    return out
+
+
+def spec_augment(features: Tensor, generator: torch.Generator) -> Tensor:
+    """Silences two bands of frequency and five stretches of time (SpecAugment, arXiv 1904.08779).
+
+    Args:
+        features: float `[batch, mels, frames]`; not changed.
+        generator: on the CPU.
+
+    Returns:
+        A masked copy; masked places have the window's mean.
+    """
+    out = features.clone()
+    batch, mels, frames = features.shape
+    for row in range(batch):
+        fill = features[row].mean()
+        for axis, count, widest in ((0, 2, mels // 6), (1, 5, frames // 40)):
+            for _ in range(count):
+                width = int(torch.randint(0, widest + 1, (), generator=generator))
+                start = int(torch.randint(0, (mels, frames)[axis] - width + 1, (), generator=generator))
+                out[row].narrow(axis, start, width).copy_(fill)
+    return out
