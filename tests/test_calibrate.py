@@ -13,7 +13,7 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 from usmlite import quantize as q
 from usmlite.calibrate import METHODS, calibrate
 from usmlite.errors import DataError, ModelError, SpecError
-from usmlite.moments import input_rows
+from usmlite.moments import collect_moments, input_rows
 from usmlite.solve import _plan, _walk, solve
 from usmlite.sparsify import nm_mask
 from usmlite.spec import NM, CompressionSpec, Int, LayerSpec, Rule
@@ -85,9 +85,10 @@ def test_the_student_computes_with_exactly_the_solution(spec: LayerSpec, columns
     student = student_of(teacher, spec, scales=scales)
     report = calibrate(student, teacher, [{"inputs": inputs}], method="hessian")
     ((_, layer),) = compressed_layers(student)
+    moments, _ = collect_moments(teacher, ["layer"], [{"inputs": inputs}])
     solution = solve(
         teacher.layer.weight.detach(),
-        inputs.T @ inputs / len(inputs),
+        moments["layer"].hessian,
         spec,
         importance=layer.compression.importance,
         covering=scales == "min-max",

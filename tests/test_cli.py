@@ -135,6 +135,8 @@ def test_every_key_is_a_flag(key: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             text = value = key.choices[-1]
         elif key.name == "sparsity":
             text = value = "1:4"
+        elif key.name == "target_size":
+            text = value = "9.4%"
         words = [f"--{key.flag}", text]
     recipe, _ = compressed(monkeypatch, *words, "--out", "there")
     assert getattr(getattr(recipe, key.section), key.name) == value

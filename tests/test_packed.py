@@ -224,7 +224,11 @@ FC1 = "model.decoder.layers.0.fc1"
         (f"{FC1}.weight.scale", lambda t: t.fill_(float("nan")), rf"{FC1}\.weight\.scale: impossible scale"),
         (f"{FC1}.weight.scale", lambda t: t.neg_(), rf"{FC1}\.weight\.scale: impossible scale"),
         (f"{FC1}.weight.zero", lambda t: t.fill_(9), rf"{FC1}\.weight\.zero: impossible zero point"),
-        ("model.decoder.embed_tokens.weight.pattern", lambda t: t.fill_(255), "impossible 2:4 pattern"),
+        (
+            "model.decoder.layers.0.self_attn.k_proj.weight.pattern",
+            lambda t: t.fill_(255),
+            "impossible 2:4 pattern",
+        ),
         (f"{FC1}.bias", lambda t: t.fill_(float("inf")), rf"{FC1}\.bias: numbers that are not finite"),
     ],
 )

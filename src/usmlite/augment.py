@@ -27,7 +27,8 @@ def add_noise(samples: np.ndarray, snr_db: float, rng: np.random.Generator) -> n
     # Between white noise and its running sum.
     noise = _low_pass(white, rng.uniform(0.0, 0.95))
     power, noise_power = float(np.mean(np.square(samples, dtype=np.float64))), float(np.mean(noise**2))
-    return samples + noise * np.sqrt(power / noise_power / 10 ** (snr_db / 10))
+    noisy: np.ndarray = samples + noise * np.sqrt(power / noise_power / 10 ** (snr_db / 10))
+    return noisy
 
 
 def _low_pass(white: np.ndarray, color: float) -> np.ndarray:

@@ -100,7 +100,7 @@ class SpecRecipe:
     )
     rules: tuple[dict[str, Any], ...] = ()
 
-    def target_bytes(self, float32_bytes: int) -> int | None:
+    def target_bytes(self, float32_bytes: int, *, where: str = "spec.target_size") -> int | None:
         """`target_size` in bytes; None if there is none.
 
         Raises:
@@ -113,7 +113,7 @@ class SpecRecipe:
         if match is None or not float(match[1]) > 0:
             raise RecipeError(
                 "unreadable size",
-                where="spec.target_size",
+                where=where,
                 expected="a share such as 9.4%, or bytes such as 14MB or 14000000",
                 found=repr(self.target_size),
             )
@@ -380,7 +380,7 @@ def build_recipe(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
         built[section] = _section_class(section)(**checked)
     recipe = Recipe(**built)
     recipe.spec.build()
-    recipe.spec.target_bytes(1)
+    recipe.spec.target_bytes(1, where=f"{where}: spec.target_size")
     return recipe
 
 

@@ -264,7 +264,8 @@ class WhisperAdapter:
         tokens, projection = decoder.embed_tokens.weight, network.proj_out.weight
         mean = tokens.mean(dim=0)
         tokens -= mean
-        decoder.embed_positions.weight.add_(mean * decoder.embed_scale)
+        # Transformers has no other scale: it ignores the configuration's `scale_embedding`.
+        decoder.embed_positions.weight.add_(mean)
         if projection is not tokens:
             projection -= projection.mean(dim=0)
 
