@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-from usmlite import quantize as q
+from correlated import correlated, output_error
 from usmlite.calibrate import METHODS, calibrate
 from usmlite.errors import DataError, ModelError, SpecError
 from usmlite.moments import collect_moments, input_rows
-from usmlite.solve import _plan, _walk, solve
-from usmlite.sparsify import nm_mask
+from usmlite.solve import solve
 from usmlite.spec import NM, CompressionSpec, Int, LayerSpec, Rule
 from usmlite.student import (
     SCALE_RULES,
@@ -41,21 +40,6 @@ SPECS = [
     LayerSpec(Int(8)),
     LayerSpec(None, NM(2, 4)),
 ]
-
-
-def correlated(samples: int, columns: int, *, seed: int = 0) -> Tensor:
-    """Inputs with a decaying spectrum and a few strong columns."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(columns, columns, generator=generator)
-    spectrum = torch.linspace(0.0, -3.0, columns).exp()
-    inputs = torch.randn(samples, columns, generator=generator) * spectrum @ mixing
-    return inputs * (0.2 + 2.0 * torch.rand(columns, generator=generator))
-
-
-def output_error(weight: Tensor, compressed: Tensor, inputs: Tensor) -> float:
-    reference = inputs @ weight.T
-    error = (inputs @ compressed.T - reference).square().sum() / reference.square().sum()
-    return error.item()
 
 
 class Wrapped(nn.Module):
@@ -139,54 +123,6 @@ def test_hessian_is_best_on_correlated_inputs(spec: LayerSpec) -> None:
     assert on_unseen["hessian"] < 0.9 * min(on_unseen["activation"], on_unseen["magnitude"])
 
 
-def naive(weight: Tensor, hessian: Tensor, order: list[int], quant: Int, scale: Tensor) -> Tensor:
-    """GPTQ as the optimal brain surgeon writes it: one column at a time, the inverse shrunk each time."""
-    weight, inverse = weight.double().clone(), torch.linalg.inv(hessian.double())
-    out = torch.zeros_like(weight)
-    for column in order:
-        rounded = q.fake_quantize(weight[:, [column]].float(), None, scale, None, quant, None).double()
-        out[:, [column]] = rounded
-        error = (weight[:, [column]] - rounded) / inverse[column, column]
-        weight -= error * inverse[column]
-        inverse = inverse - inverse[:, [column]] * inverse[column] / inverse[column, column]
-    return out.float()
-
-
-def test_blocks_agree_with_the_column_by_column_method() -> None:
-    torch.manual_seed(3)
-    weight, inputs = torch.randn(20, 300), correlated(900, 300)
-    hessian = inputs.T @ inputs / len(inputs)
-    quant = Int(4)
-    plan, _, _ = _plan(hessian, LayerSpec(quant), 0.01, covering=False)
-    walked = _walk(weight, plan)
-    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(300)
-    order = hessian.diagonal().argsort(descending=True).tolist()
-    assert walked.scale is not None
-    expected = naive(weight, damped, order, quant, walked.scale)
-    # A weight halfway between two codes may fall either way, and its row then goes its own way.
-    assert (walked.values == expected).all(dim=1).float().mean() > 0.7
-    textbook = output_error(weight, expected, inputs)
-    assert output_error(weight, walked.values, inputs) == pytest.approx(textbook, rel=0.02)
-    solution = solve(weight, hessian, LayerSpec(quant), damping=0.01)
-    assert output_error(weight, solution.values, inputs) < textbook
-
-
-def test_uncorrelated_equal_inputs_leave_nothing_to_compensate() -> None:
-    torch.manual_seed(4)
-    weight, spec = torch.randn(16, 48), LayerSpec(Int(4), NM(2, 4))
-    solution = solve(weight, torch.eye(48), spec)
-    mask = nm_mask(weight.abs(), NM(2, 4))
-    pruned = weight.masked_fill(~mask, 0.0)
-    scale, _ = q.min_error(pruned, mask, Int(4), None)
-    plain = q.fake_quantize(pruned, mask, scale, None, Int(4), None)
-    assert solution.mask is not None
-    assert torch.equal(solution.mask, mask)
-    # Only the scales are fitted better than the search over fractions does.
-    assert solution.scale is not None
-    assert torch.allclose(solution.scale, scale, rtol=0.1)
-    assert (solution.values - weight).square().sum() <= (plain - weight).square().sum()
-
-
 @pytest.mark.parametrize("damping", [0.0, 0.01])
 @pytest.mark.parametrize("inputs", ["few", "dead", "equal", "zero"])
 @pytest.mark.parametrize(
@@ -242,15 +178,6 @@ def test_convolutions_are_counted_in_the_students_column_order(options: dict[str
     error = (student(inputs).detach() - outputs).square().sum() / outputs.square().sum()
     assert report.layers[0].error_after == pytest.approx(error.item(), rel=1e-3)
     assert report.layers[0].error_after < report.layers[0].error_before
-
-
-def test_a_convolution_with_groups_counts_the_inputs_of_all_groups() -> None:
-    convolution = nn.Conv1d(6, 4, 3, groups=2, bias=False)
-    inputs = torch.randn(1, 6, 10)
-    rows = input_rows(convolution, inputs).reshape(2, 8, 9)
-    matrix = to_matrix(convolution.weight.detach())
-    products = torch.cat([rows[0] @ matrix[:2].T, rows[1] @ matrix[2:].T], dim=1)
-    assert torch.allclose(products, convolution(inputs)[0].T, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,53 @@
+"""Moments of layer inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from usmlite.errors import DataError
+from usmlite.moments import collect_moments, input_rows
+from usmlite.student import to_matrix
+
+
+def test_a_convolution_with_groups_counts_the_inputs_of_all_groups() -> None:
+    convolution = nn.Conv1d(6, 4, 3, groups=2, bias=False)
+    inputs = torch.randn(1, 6, 10)
+    rows = input_rows(convolution, inputs).reshape(2, 8, 9)
+    matrix = to_matrix(convolution.weight.detach())
+    products = torch.cat([rows[0] @ matrix[:2].T, rows[1] @ matrix[2:].T], dim=1)
+    assert torch.allclose(products, convolution(inputs)[0].T, atol=1e-5)
+
+
+class Shared(nn.Module):
+    """Two layers of the same input, one of which is not reached by every batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 3), nn.Linear(6, 2)
+
+    def forward(self, inputs: torch.Tensor, both: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.first(inputs)
+        return out + self.second(inputs).sum() if bool(both) else out
+
+
+def test_moments_about_the_mean_do_not_cancel() -> None:
+    torch.manual_seed(0)
+    inputs = [1000.0 + torch.randn(1, 400, 6) for _ in range(4)]
+    on = [False, True, True, False]
+    batches = [{"inputs": x, "both": torch.tensor(flag)} for x, flag in zip(inputs, on, strict=True)]
+    moments, count = collect_moments(Shared(), ["first", "second"], batches)
+    assert count == 4
+    for name, chosen in (("first", inputs), ("second", inputs[1:3])):
+        rows = torch.cat(chosen, dim=1)[0].double()
+        found = moments[name]
+        assert found.count == len(rows)
+        assert torch.allclose(found.mean.double(), rows.mean(dim=0), rtol=1e-6)
+        assert torch.allclose(found.covariance.double(), rows.T.cov(correction=0), atol=1e-3)
+        assert torch.allclose(found.hessian.double(), rows.T @ rows / len(rows), rtol=1e-5)
+
+
+def test_without_batches_there_is_nothing_to_measure() -> None:
+    with pytest.raises(DataError, match="no batch"):
+        collect_moments(Shared(), ["first"], [])

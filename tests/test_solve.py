@@ -1,0 +1,61 @@
+"""The solver agrees with the method written down plainly, and does nothing where nothing can be gained."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from correlated import correlated, output_error
+from usmlite import quantize as q
+from usmlite.solve import _plan, _walk, solve
+from usmlite.sparsify import nm_mask
+from usmlite.spec import NM, Int, LayerSpec
+
+
+def naive(weight: Tensor, hessian: Tensor, order: list[int], quant: Int, scale: Tensor) -> Tensor:
+    """GPTQ as the optimal brain surgeon writes it: one column at a time, the inverse shrunk each time."""
+    weight, inverse = weight.double().clone(), torch.linalg.inv(hessian.double())
+    out = torch.zeros_like(weight)
+    for column in order:
+        rounded = q.fake_quantize(weight[:, [column]].float(), None, scale, None, quant, None).double()
+        out[:, [column]] = rounded
+        error = (weight[:, [column]] - rounded) / inverse[column, column]
+        weight -= error * inverse[column]
+        inverse = inverse - inverse[:, [column]] * inverse[column] / inverse[column, column]
+    return out.float()
+
+
+def test_blocks_agree_with_the_column_by_column_method() -> None:
+    torch.manual_seed(3)
+    weight, inputs = torch.randn(20, 300), correlated(900, 300)
+    hessian = inputs.T @ inputs / len(inputs)
+    quant = Int(4)
+    plan, _, _ = _plan(hessian, LayerSpec(quant), 0.01, covering=False)
+    walked = _walk(weight, plan)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(300)
+    order = hessian.diagonal().argsort(descending=True).tolist()
+    assert walked.scale is not None
+    expected = naive(weight, damped, order, quant, walked.scale)
+    # A weight halfway between two codes may fall either way, and its row then goes its own way.
+    assert (walked.values == expected).all(dim=1).float().mean() > 0.7
+    textbook = output_error(weight, expected, inputs)
+    assert output_error(weight, walked.values, inputs) == pytest.approx(textbook, rel=0.02)
+    solution = solve(weight, hessian, LayerSpec(quant), damping=0.01)
+    assert output_error(weight, solution.values, inputs) < textbook
+
+
+def test_uncorrelated_equal_inputs_leave_nothing_to_compensate() -> None:
+    torch.manual_seed(4)
+    weight, spec = torch.randn(16, 48), LayerSpec(Int(4), NM(2, 4))
+    solution = solve(weight, torch.eye(48), spec)
+    mask = nm_mask(weight.abs(), NM(2, 4))
+    pruned = weight.masked_fill(~mask, 0.0)
+    scale, _ = q.min_error(pruned, mask, Int(4), None)
+    plain = q.fake_quantize(pruned, mask, scale, None, Int(4), None)
+    assert solution.mask is not None
+    assert torch.equal(solution.mask, mask)
+    # Only the scales are fitted better than the search over fractions does.
+    assert solution.scale is not None
+    assert torch.allclose(solution.scale, scale, rtol=0.1)
+    assert (solution.values - weight).square().sum() <= (plain - weight).square().sum()
