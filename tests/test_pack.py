@@ -15,6 +15,7 @@ from small_whisper import small_student
 from usmlite import packfile
 from usmlite.errors import ModelError, OutputError
 from usmlite.pack import pack
+from usmlite.packed import load_packed
 from usmlite.packfile import Manifest, WeightsFile, WeightsWriter
 from usmlite.spec import CompressionSpec, Int, LayerSpec, Rule, matrix_shape
 from usmlite.student import StudentOptions, compressed_layers, make_student, round_kept
@@ -43,7 +44,7 @@ def test_the_directory_is_laid_out_as_hugging_face_expects(tmp_path: Path) -> No
 
 def test_every_byte_is_accounted_for(tmp_path: Path) -> None:
     student, adapter = small_student()
-    packed = pack(student, adapter, tmp_path / "out")
+    packed = pack(student, adapter, tmp_path / "out", coded=False)
     compressed = sum(layer.spec.bytes(*matrix_shape(layer.shape)) for layer in packed.layers.values())
     weights = WeightsFile(tmp_path / "out" / "model.safetensors")
     header = min(entry.start for entry in weights.entries.values())
@@ -238,3 +239,20 @@ def test_min_max_students_pack_as_they_compute(tmp_path: Path) -> None:
     round_kept(student)
     packed = pack(student, adapter, tmp_path / "out")
     assert len(packed.layers) == len(dict(compressed_layers(student)))
+
+
+def test_entropy_coding_changes_the_file_and_not_the_model(tmp_path: Path) -> None:
+    student, adapter = small_student(CompressionSpec.simple(4), d_model=64, decoder_ffn_dim=256)
+    fixed = pack(student, adapter, tmp_path / "fixed", coded=False)
+    coded = pack(student, adapter, tmp_path / "coded")
+    assert coded.weights_bytes < fixed.weights_bytes
+    assert all(layer.coded is None for layer in fixed.layers.values())
+    table = coded.layers["model.decoder.embed_tokens"]
+    assert table.coded is not None
+    assert {path.name for path in (tmp_path / "coded").iterdir()} == {
+        path.name for path in (tmp_path / "fixed").iterdir()
+    }
+    one, two = (load_packed(tmp_path / name, hold="packed")[0] for name in ("fixed", "coded"))
+    ours, theirs = one.state_dict(), two.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())

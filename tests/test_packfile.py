@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from usmlite import kernels, packfile
+from usmlite import entropy, kernels, packfile
 from usmlite import quantize as q
 from usmlite.errors import ModelError, OutputError, PackedModelError
 from usmlite.packfile import Manifest, PackedLayer, WeightsFile, WeightsWriter
@@ -642,3 +642,50 @@ def test_part_shapes_cost_what_the_spec_says() -> None:
             }
             assert found == spec.sizes(rows, columns)
     assert packfile.part_shapes(LayerSpec(), 4, 4) == {}
+
+
+def read_coded_by_the_document(data: bytes, bits: int, count: int) -> list[int]:
+    """Entropy-coded codes, read one by one as docs/format.md says."""
+    lanes = max(1, min(count, 128 + count // 16384))
+    numbers = list(struct.unpack(f"<{1 << bits}H{lanes}I", data[: 2 * (1 << bits) + 4 * lanes]))
+    frequencies, states = numbers[: 1 << bits], numbers[1 << bits :]
+    words = [word for (word,) in struct.iter_unpack("<H", data[2 * (1 << bits) + 4 * lanes :])]
+    codes = []
+    for first in range(0, count, lanes):
+        active = range(min(lanes, count - first))
+        for lane in active:
+            slot, start, code = states[lane] % 4096, 0, 0
+            while slot >= start + frequencies[code]:
+                start += frequencies[code]
+                code += 1
+            codes.append(code)
+            states[lane] = frequencies[code] * (states[lane] // 4096) + slot - start
+        for lane in active:
+            if states[lane] < 1 << 16:
+                states[lane] = (states[lane] << 16) + words.pop(0)
+    assert not words
+    assert set(states) == {1 << 16}
+    return codes
+
+
+@pytest.mark.parametrize(("bits", "count"), [(3, 5000), (8, 700), (4, 1), (1, 2000)])
+def test_another_reader_decodes_the_same(bits: int, count: int) -> None:
+    codes = torch.randn(count).mul(2.0 ** (bits - 3)).add(2.0 ** (bits - 1)).round()
+    codes = codes.clamp(0, 2**bits - 1).to(torch.uint8).numpy()
+    data = entropy.encode(codes, bits)
+    assert read_coded_by_the_document(data.tobytes(), bits, count) == codes.tolist()
+
+
+def test_coded_layers_are_checked() -> None:
+    spec = LayerSpec(Int(4))
+    codes = torch.randn(64, 96).mul(1.5).add(8).round().clamp(0, 15).to(torch.uint8)
+    data = torch.from_numpy(entropy.encode(codes.numpy(), 4))
+    layer = PackedLayer((64, 96), spec, len(data))
+    parts = {"coded": data, "scale": torch.ones(64, 1).half()}
+    assert torch.equal(layer.decoded(parts, where="w")["codes"], packfile.pack_codes(codes, 4))
+    assert packfile._read_layer(layer.to_dict(), "here") == layer
+    with pytest.raises(PackedModelError, match=r"w\.coded"):
+        layer.decoded({**parts, "coded": data.flip(0)}, where="w")
+    for wrong in (0, 64 * 48, 64 * 48 // 16 - 1, True, "many", 1.5):
+        with pytest.raises(PackedModelError, match=r"here\.coded.*expected 192 to 3071"):
+            packfile._read_layer({**layer.to_dict(), "coded": wrong}, "here")

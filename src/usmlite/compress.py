@@ -104,7 +104,7 @@ def compress(recipe: Recipe, output: Path, *, console: Console | None = None) ->
     else:
         students.round_kept(student)
         save_student(output / "best", student, None, {"step": 0, "dev_wer": None})
-    pack(student.eval().cpu(), teacher.adapter, output / PACKED_FOLDER)
+    pack(student.eval().cpu(), teacher.adapter, output / PACKED_FOLDER, coded=recipe.spec.entropy_coding)
 
     evaluations = []
     if speech.test:
@@ -299,7 +299,8 @@ def plan(recipe: Recipe, spec: CompressionSpec, teacher: Teacher, speech: Speech
     lines = [
         f"Model     {teacher.source}: {teacher.float32_bytes / 1e6:.1f} MB in float32",
         *(f"Spec      {rule.kind or 'rest'}: {rule.spec} ({rule.match})" for rule in spec.rules),
-        f"Packed    about {size / 1e6:.2f} MB, {100 * size / teacher.float32_bytes:.2f} % of float32",
+        f"Packed    about {size / 1e6:.2f} MB, {100 * size / teacher.float32_bytes:.2f} % of float32"
+        + (", before entropy coding" if recipe.spec.entropy_coding else ""),
         f"Speech    {len(speech.train)} utterances, {hours:.2f} h"
         + (f" ({speech.too_long} longer than 30 s left out)" if speech.too_long else ""),
         f"Start     {recipe.student.start}",

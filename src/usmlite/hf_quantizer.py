@@ -23,7 +23,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from usmlite import kernels, packfile
 from usmlite.errors import OutputError, PackedModelError
 from usmlite.packfile import PARTS, QUANT_METHOD, Manifest, WeightsFile
-from usmlite.spec import matrix_shape
 
 
 def register() -> None:
@@ -153,12 +152,14 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
 
         Args:
             name: the weight's name in the model.
-            parts: by name, as `packfile.part_shapes` describes them.
+            parts: by name, as they lie in the file.
         """
         module = (self._prefix + name).removesuffix(".weight")
         layer = self.manifest.layers[module]
         path = None if self._weights is None else self._weights.path
-        weight = packfile.packed_weight(layer.spec, layer.shape, parts, where=f"{path}: {name}")
+        where = f"{path}: {name}"
+        parts = layer.decoded(parts, where=where)
+        weight = packfile.packed_weight(layer.spec, layer.shape, parts, where=where)
         return packfile.to_weight(kernels.unpack(weight), layer.shape).to(self._dtype)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -189,9 +190,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
                 module = name.removesuffix(".weight")
                 if module in self.manifest.layers:
                     layer = self.manifest.layers[module]
-                    shapes = packfile.part_shapes(layer.spec, *matrix_shape(layer.shape))
                     # Copies: the file that is mapped may be the one that is written.
-                    parts = {part: read(f"{name}.{part}").clone() for part in shapes}
+                    parts = {part: read(f"{name}.{part}").clone() for part in layer.parts()}
                     stored |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
                     loaded = self.unpack(name, parts)
                 elif name in self.manifest.computed:

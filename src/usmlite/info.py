@@ -191,9 +191,8 @@ def _describe_packed(path: Path, source: str) -> ModelInfo:
         kind = kinds.get(module, "other") if name.endswith(".weight") else "other"
         if module in manifest.layers and name.endswith(".weight"):
             layer = manifest.layers[module]
-            parts = part_shapes(layer.spec, *matrix_shape(layer.shape))
-            names = [f"{name}.{part}" for part in parts]
-            form = str(layer.spec)
+            names = [f"{name}.{part}" for part in layer.parts()]
+            form = str(layer.spec) if layer.coded is None else f"{layer.spec}, coded"
         elif name in manifest.computed:
             names, form = [], COMPUTED
         else:

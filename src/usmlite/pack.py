@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from usmlite import kernels, packfile
+from usmlite import entropy, kernels, packfile
 from usmlite import quantize as q
 from usmlite.errors import ModelError, UsmliteError
 from usmlite.packfile import CONFIG_NAME, WEIGHTS_NAME, Manifest, PackedLayer, WeightsFile, WeightsWriter
@@ -52,7 +54,9 @@ class Packed:
 
 
 @torch.no_grad()
-def pack(student: nn.Module, adapter: Processor, directory: str | os.PathLike[str]) -> Packed:
+def pack(
+    student: nn.Module, adapter: Processor, directory: str | os.PathLike[str], *, coded: bool = True
+) -> Packed:
     """Writes the student as a packed model in the layout of Hugging Face.
 
     The directory appears whole or not at all. A packed model that is there is replaced.
@@ -62,6 +66,8 @@ def pack(student: nn.Module, adapter: Processor, directory: str | os.PathLike[st
             are not compressed are rounded to float16 (`student.round_kept` makes the student agree).
         adapter: what goes with it.
         directory: where; new, empty, or a packed model.
+        coded: entropy-code the codes of a weight where that makes them smaller. The model is the same and
+            loads more slowly.
 
     Raises:
         ModelError: a weight is not finite or its mask does not fit its spec.
@@ -69,23 +75,26 @@ def pack(student: nn.Module, adapter: Processor, directory: str | os.PathLike[st
     """
     with torch.autocast(next(student.parameters()).device.type, enabled=False):
         covered = dict(compressed_layers(student))
-        layers = {
-            name: PackedLayer(tuple(layer.weight.shape), layer.compression.spec)
-            for name, layer in covered.items()
-        }
         rest = _uncompressed(student, covered)
         computed = {name: rule for name, tensor in rest.items() if (rule := packfile.computed_rule(tensor))}
         kept = {name: tensor for name, tensor in rest.items() if name not in computed}
         for name in computed:
             del rest[name]
-        shapes = _stored_shapes(layers, kept)
-        with packfile.new_directory(directory) as folder:
-            writer = WeightsWriter(folder / WEIGHTS_NAME, shapes)
+        with packfile.new_directory(directory) as folder, tempfile.TemporaryDirectory(dir=folder) as aside:
+            layers = {
+                name: _coded(name, layer, Path(aside) / str(index) if coded else None)
+                for index, (name, layer) in enumerate(covered.items())
+            }
+            writer = WeightsWriter(folder / WEIGHTS_NAME, _stored_shapes(layers, kept))
             try:
                 for name, tensor in kept.items():
                     writer.write(name, _as_stored(name, tensor))
-                for name, layer in covered.items():
-                    for part, stored in pack_layer(name, layer).items():
+                for index, (name, layer) in enumerate(covered.items()):
+                    parts = pack_layer(name, layer)
+                    if layers[name].coded is not None:
+                        del parts["codes"]
+                        parts["coded"] = torch.from_numpy(np.fromfile(Path(aside) / str(index), np.uint8))
+                    for part, stored in parts.items():
                         writer.write(f"{name}.weight.{part}", stored)
             except BaseException:
                 writer.close(complete=False)
@@ -97,6 +106,21 @@ def pack(student: nn.Module, adapter: Processor, directory: str | os.PathLike[st
             _write_config(student, manifest, folder / CONFIG_NAME)
     sizes = {name: tensor.numel() * _stored_dtype(tensor).itemsize for name, tensor in kept.items()}
     return Packed(Path(directory), weights.size, manifest.digest, layers, sizes, computed)
+
+
+def _coded(name: str, layer: CompressedLayer, path: Path | None) -> PackedLayer:
+    """What becomes of a weight; its entropy-coded codes are put into `path`, if they are worth it."""
+    spec, shape = layer.compression.spec, tuple(layer.weight.shape)
+    if path is None or spec.quant is None:
+        return PackedLayer(shape, spec)
+    stored = spec.stored_columns(matrix_shape(shape)[1])
+    packed = pack_layer(name, layer)["codes"]
+    data = entropy.encode(kernels.unpack_codes(packed, spec.quant.bits, stored).numpy(), spec.quant.bits)
+    low, high = packfile.coded_bounds(packed.numel())
+    if not low <= len(data) <= high:
+        return PackedLayer(shape, spec)
+    data.tofile(path)
+    return PackedLayer(shape, spec, len(data))
 
 
 def pack_layer(name: str, layer: CompressedLayer) -> dict[str, Tensor]:
@@ -195,7 +219,7 @@ def _stored_shapes(
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     out = {name: (_stored_dtype(tensor), tuple(tensor.shape)) for name, tensor in kept.items()}
     for name, layer in layers.items():
-        for part, described in packfile.part_shapes(layer.spec, *matrix_shape(layer.shape)).items():
+        for part, described in layer.parts().items():
             out[f"{name}.weight.{part}"] = described
     return out
 

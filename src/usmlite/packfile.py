@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from usmlite import kernels
+from usmlite import entropy, kernels
 from usmlite.errors import ModelError, OutputError, PackedModelError, SpecError
 from usmlite.spec import LayerSpec, matrix_shape
 
@@ -33,12 +33,14 @@ QUANT_METHOD = "usmlite"
 FORMAT_VERSION = 1
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
-PARTS = ("codes", "values", "scale", "zero", "column_scale", "pattern")
+PARTS = ("codes", "coded", "values", "scale", "zero", "column_scale", "pattern")
 
 _MAX_CONFIG_BYTES = 16 << 20
 _MAX_HEADER_BYTES = 64 << 20
 _MAX_COMPUTED = 1 << 26
 _CHUNK_BYTES = 1 << 20
+# How many times as large fixed-width codes may be as the entropy-coded ones in the file.
+_MOST_EXPANSION = 16
 _DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -357,14 +359,56 @@ def computed_rule(table: Tensor, *, tolerance: float = 1e-3) -> str | None:
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """What the packed model says of one weight: its shape in the model and what it became."""
+    """What the packed model says of one weight.
+
+    Attributes:
+        shape: its shape in the model.
+        spec: what it became.
+        coded: bytes of its entropy-coded codes; None where they are stored with a fixed width.
+    """
 
     shape: tuple[int, ...]
     spec: LayerSpec
+    coded: int | None = None
+
+    def parts(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of each part as it lies in the file."""
+        parts = part_shapes(self.spec, *matrix_shape(self.shape))
+        if self.coded is None:
+            return parts
+        return {
+            "coded" if name == "codes" else name: (torch.uint8, (self.coded,)) if name == "codes" else part
+            for name, part in parts.items()
+        }
+
+    def decoded(self, parts: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:
+        """The parts with fixed-width codes.
+
+        Args:
+            parts: as they lie in the file.
+            where: file and weight, for errors.
+
+        Raises:
+            PackedModelError: the coded codes are not what the spec asks for.
+        """
+        if self.coded is None or "coded" not in parts:
+            return dict(parts)
+        assert self.spec.quant is not None
+        rows, columns = matrix_shape(self.shape)
+        stored, bits = self.spec.stored_columns(columns), self.spec.quant.bits
+        try:
+            codes = entropy.decode(parts["coded"].cpu().numpy(), bits, rows * stored)
+        except ValueError as error:
+            raise PackedModelError(
+                "impossible entropy-coded codes", where=f"{where}.coded", found=error, remedy=_AGAIN
+            ) from None
+        rest = {name: part for name, part in parts.items() if name != "coded"}
+        return rest | {"codes": pack_codes(torch.from_numpy(codes).reshape(rows, stored), bits)}
 
     def to_dict(self) -> dict[str, Any]:
         """As config.json holds it."""
-        return {"shape": list(self.shape), **self.spec.to_dict()}
+        coded = {} if self.coded is None else {"coded": self.coded}
+        return {"shape": list(self.shape), **self.spec.to_dict(), **coded}
 
 
 @dataclass(frozen=True)
@@ -476,8 +520,8 @@ class Manifest:
                     "the layer's shape contradicts the model's config", where=f"{where}: {name}",
                     expected=list(shape), found=list(layer.shape), remedy=_AGAIN,
                 )  # fmt: skip
-            for part, (dtype, part_shape) in part_shapes(layer.spec, *matrix_shape(shape)).items():
-                out[f"{name}.{part}"] = (dtype, part_shape)
+            for part, described in layer.parts().items():
+                out[f"{name}.{part}"] = described
         return out
 
 
@@ -487,7 +531,7 @@ def _read_layer(values: object, where: str) -> PackedLayer:
             "unreadable layer", where=where, expected="an object", found=repr(values)[:100]
         )
     rest = dict(values)
-    shape = rest.pop("shape", None)
+    shape, coded = rest.pop("shape", None), rest.pop("coded", None)
     # Bounded, so that no product of a hostile file's numbers gets out of hand.
     if (
         not isinstance(shape, list)
@@ -504,9 +548,26 @@ def _read_layer(values: object, where: str) -> PackedLayer:
         spec = LayerSpec.from_dict(rest, where=where)
         if spec.is_kept:
             raise SpecError("neither bits nor sparsity", expected="a compressed layer")
-        return PackedLayer(tuple(shape), spec)
+        layer = PackedLayer(tuple(shape), spec, coded)
     except (SpecError, TypeError) as error:
         raise PackedModelError(f"unusable layer spec: {error}", where=where, remedy=_AGAIN) from None
+    if coded is not None:
+        fixed = math.prod(part_shapes(spec, *matrix_shape(layer.shape)).get("codes", (None, (0,)))[1])
+        low, high = coded_bounds(fixed)
+        if not isinstance(coded, int) or isinstance(coded, bool) or not low <= coded <= high:
+            raise PackedModelError(
+                "unusable number of bytes", where=f"{where}.coded", expected=f"{low} to {high}",
+                found=repr(coded)[:100], remedy=_AGAIN,
+            )  # fmt: skip
+    return layer
+
+
+def coded_bounds(fixed: int) -> tuple[int, int]:
+    """The least and the most bytes that entropy-coded codes may have instead of `fixed` bytes.
+
+    The lower bound keeps a small hostile file from growing without limit when it is decoded.
+    """
+    return math.ceil(fixed / _MOST_EXPANSION), fixed - 1
 
 
 def usmlite_version() -> str:
@@ -644,9 +705,9 @@ class WeightsFile:
             layer: what the manifest says of it.
             read: what `open` gives.
         """
-        rows, columns = matrix_shape(layer.shape)
-        parts = {part: read(f"{name}.weight.{part}") for part in part_shapes(layer.spec, rows, columns)}
-        return packed_weight(layer.spec, layer.shape, parts, where=f"{self.path}: {name}.weight")
+        where = f"{self.path}: {name}.weight"
+        parts = {part: read(f"{name}.weight.{part}") for part in layer.parts()}
+        return packed_weight(layer.spec, layer.shape, layer.decoded(parts, where=where), where=where)
 
 
 def _file_order(name: str, dtype: torch.dtype) -> tuple[int, bytes]:

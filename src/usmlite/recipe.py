@@ -93,6 +93,9 @@ class SpecRecipe:
         "bits of token embeddings, which are not pruned; 0 for the least that cost no fewer bytes than "
         "pruned ones of the other bits (3 for int4 with 2:4)",
     )
+    entropy_coding: bool = _key(
+        True, "entropy-code the codes in the packed file: smaller, the same model, slower to load"
+    )
     target_size: str | None = _key(
         None,
         "size of the packed file, such as 9.4% (of float32), 14MB or 14000000: bits and sparsity are then "

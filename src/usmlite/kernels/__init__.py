@@ -10,7 +10,7 @@ agree with it. `implementation()` says which one answers.
 
 from __future__ import annotations
 
-from usmlite.kernels.reference import embedding, expand, linear, pattern_words, unpack
+from usmlite.kernels.reference import embedding, expand, linear, pattern_words, unpack, unpack_codes
 from usmlite.kernels.weights import (
     ExpandedWeight,
     PackedWeight,
@@ -41,4 +41,5 @@ __all__ = [
     "pattern_words",
     "row_blocks",
     "unpack",
+    "unpack_codes",
 ]

@@ -1,0 +1,70 @@
+"""The entropy coder: exact for every input, close to the entropy, and not to be fooled by altered bytes."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from usmlite import entropy
+
+
+def entropy_bytes(codes: np.ndarray) -> float:
+    counts = np.bincount(codes)
+    shares = counts[counts > 0] / codes.size
+    return float(-(shares * np.log2(shares)).sum() * codes.size / 8)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 3000), st.floats(0.01, 60.0), st.integers(0, 2**32 - 1))
+def test_what_is_decoded_is_what_was_encoded(bits: int, count: int, width: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    highest = (1 << bits) - 1
+    codes = np.clip(np.round(rng.normal(highest / 2, width, count)), 0, highest).astype(np.uint8)
+    data = entropy.encode(codes, bits)
+    assert data.dtype == np.uint8
+    assert np.array_equal(entropy.decode(data, bits, count), codes)
+
+
+@pytest.mark.parametrize("code", [0, 5])
+def test_one_code_only(code: int) -> None:
+    codes = np.full(1000, code, np.uint8)
+    assert np.array_equal(entropy.decode(entropy.encode(codes, 3), 3, 1000), codes)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_bytes_are_close_to_the_entropy(bits: int) -> None:
+    rng = np.random.default_rng(bits)
+    highest = (1 << bits) - 1
+    codes = np.clip(np.round(rng.normal(highest / 2, highest / 6, 400_000)), 0, highest).astype(np.uint8)
+    size, bound = len(entropy.encode(codes, bits)), entropy_bytes(codes)
+    assert bound < size < 1.01 * bound + 1200
+
+
+def test_rare_codes_survive_next_to_very_frequent_ones() -> None:
+    codes = np.zeros(100_000, np.uint8)
+    codes[[3, 50_000, 99_999]] = [255, 7, 1]
+    assert np.array_equal(entropy.decode(entropy.encode(codes, 8), 8, codes.size), codes)
+
+
+def test_altered_bytes_are_noticed() -> None:
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 16, 5000).astype(np.uint8)
+    data = entropy.encode(codes, 4)
+    for place in (0, 1, 40, len(data) // 2, len(data) - 1):
+        altered = data.copy()
+        altered[place] ^= 0x55
+        with contextlib.suppress(ValueError):
+            assert not np.array_equal(entropy.decode(altered, 4, codes.size), codes)
+    for cut in (data[:10], data[:-2], data[:-1], np.concatenate([data, data[:2]])):
+        with pytest.raises(ValueError, match=r"codes|early|end"):
+            entropy.decode(cut, 4, codes.size)
+
+
+def test_lanes_are_few_enough_to_cost_little() -> None:
+    assert entropy.lanes_for(1) == 1
+    assert entropy.lanes_for(100) == 100
+    assert all(4 * entropy.lanes_for(count) < 0.01 * count for count in (300_000, 20_000_000))
