@@ -182,6 +182,7 @@ def test_no_finetune_is_zero_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         (["info", "tiny.en", "--bits", "four"], ["--bits", "a whole number, or 'float'", "'four'"]),
         (["info", "tiny.en", "--sparsity", "3:2"], ["sparsity", "N < M", "found 3:2"]),
         (["info", "tiny.en", "--sparsity", "half"], ["sparsity", "2:4", "'half'"]),
+        (["info", "tiny.en", "--target-size", "9.4%"], ["spec.target_size", "usmlite compress"]),
         (["info", "tiny.en", "--bitz", "4"], ["--bitz", "Did you mean '--bits'?"]),
         (["compress", "--out", "x", "--steps", "-1"], ["training.steps", "at least 0", "found -1"]),
         (["compress", "--out", "x", "--steps", "many"], ["--steps", "a whole number", "'many'"]),

@@ -90,3 +90,18 @@ def test_damaged_and_unknown_models(packed_model: Path, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(PackedModelError, match="truncated"):
         describe(copy, CompressionSpec())
+
+
+def test_a_coded_file_says_what_fixed_width_would_take(tmp_path: Path) -> None:
+    student, adapter = small_student(CompressionSpec.simple(4), d_model=64, decoder_ffn_dim=256)
+    sizes = {}
+    for coded in (False, True):
+        pack(student, adapter, tmp_path / str(coded), coded=coded)
+        sizes[coded] = describe(tmp_path / str(coded), CompressionSpec())
+    assert sizes[False].saved_bytes == 0
+    assert sizes[True].file_bytes < sizes[False].file_bytes
+    fixed = sizes[True].to_json()["fixed_width_bytes"]
+    # The header differs by a few characters.
+    assert abs(fixed - sizes[False].file_bytes) < 200
+    assert any(f"{fixed:,} bytes" in line for line in sizes[True].summary())
+    assert any(row.spec.endswith("coded") for row in sizes[True].rows)

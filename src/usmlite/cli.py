@@ -611,6 +611,12 @@ def _deliver(
 
 def _run_info(arguments: argparse.Namespace) -> int:
     recipe = recipe_from(arguments, arguments.rules_from)
+    if recipe.spec.target_size is not None:
+        raise RecipeError(
+            "a target size is reached by measuring, which info does not do",
+            where="spec.target_size",
+            remedy="Run 'usmlite compress' with it, and --rules-from its spec.toml afterwards.",
+        )
     _quiet_libraries()
     from usmlite.info import describe, information_table
 
