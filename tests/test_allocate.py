@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from small_whisper import small_teacher
-from usmlite.allocate import Allocation, Candidate, WeightAllocation, allocate, choose
+from usmlite import entropy
+from usmlite import quantize as q
+from usmlite.allocate import Allocation, Candidate, WeightAllocation, _coded_bytes, allocate, choose
 from usmlite.errors import SpecError
-from usmlite.spec import Int, LayerSpec
+from usmlite.solve import solve
+from usmlite.spec import NM, Int, LayerSpec
 
 
 def weight(name: str, *pairs: tuple[int, float]) -> WeightAllocation:
@@ -81,6 +84,19 @@ def test_every_weight_gets_a_spec_and_the_budget_is_kept(measured) -> None:
     assert any(w.sensitivity > 0 for w in found.weights)
     assert len({str(w.choice.spec) for w in found.weights}) > 1
     assert found.to_dict()["bytes"] == found.bytes
+
+
+def test_coded_bytes_are_close_to_those_that_coding_takes() -> None:
+    torch.manual_seed(6)
+    weight, hessian = torch.randn(512, 256), torch.eye(256)
+    for spec in (LayerSpec(Int(4)), LayerSpec(Int(3), column_scales=True), LayerSpec(Int(4), NM(2, 4))):
+        solution = solve(weight, hessian, spec)
+        assert solution.scale is not None
+        codes = q.quantize(solution.values, solution.scale, solution.zero, spec.quant, spec.group)
+        kept = codes.flatten() if solution.mask is None else codes[solution.mask]
+        coded = len(entropy.encode(kept.numpy(), spec.quant.bits))
+        expected = spec.bytes(512, 256) - spec.sizes(512, 256)["codes"] + coded
+        assert _coded_bytes(solution, spec, 512, 256) == pytest.approx(1.02 * expected, rel=0.01)
 
 
 def test_the_model_is_left_as_it_was(measured) -> None:

@@ -42,6 +42,7 @@ def test_the_bytes_are_close_to_the_entropy(bits: int) -> None:
     codes = np.clip(np.round(rng.normal(highest / 2, highest / 6, 400_000)), 0, highest).astype(np.uint8)
     size, bound = len(entropy.encode(codes, bits)), entropy_bytes(codes)
     assert bound < size < 1.01 * bound + 1200
+    assert size == pytest.approx(entropy.coded_bytes(codes.size, bits, 8 * bound / codes.size), rel=0.01)
 
 
 def test_rare_codes_survive_next_to_very_frequent_ones() -> None:

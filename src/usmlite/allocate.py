@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from usmlite import entropy
 from usmlite import quantize as q
 from usmlite.errors import SpecError
 from usmlite.moments import Moments, collect_moments
-from usmlite.solve import DAMPING, Problem, corrected_bias, relative_error, solve
+from usmlite.solve import DAMPING, Problem, Solution, corrected_bias, relative_error, solve
 from usmlite.spec import NM, Int, LayerSpec, Rule
 from usmlite.student import from_matrix, to_matrix
 
@@ -35,6 +36,8 @@ _PATTERNS = (NM(3, 4), NM(2, 4), NM(1, 4))
 _MOST_PRUNED_BITS = 4
 # Rows of a weight on which a candidate's error is measured.
 _SAMPLE_ROWS = 96
+# Training moves weights and scales, and with them the frequencies of codes.
+_CODED_MARGIN = 1.02
 # Coarse enough for the loss to rise well above the noise of bf16, not so coarse that the model breaks.
 _PROBE = Int(3)
 # Batches on which the rise of the loss is measured: a few hundred words.
@@ -53,7 +56,7 @@ class Candidate:
 
     Attributes:
         spec: its spec.
-        bytes: what it takes in the packed file.
+        bytes: what it takes in the packed file; with entropy coding, about.
         error: expected ||(W - What) X||^2 / ||W X||^2.
         loss: predicted rise of the loss, nats per token.
     """
@@ -165,6 +168,7 @@ def allocate(
     budget: int,
     *,
     candidates: Callable[[str], Sequence[LayerSpec]] = default_candidates,
+    coded: bool = True,
     autocast: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> Allocation:
@@ -176,6 +180,7 @@ def allocate(
         batches: as for `calibrate`, with "labels" (the scored positions).
         budget: bytes for these weights together, in the packed file.
         candidates: what weights of a kind may become.
+        coded: count codes as entropy coding will store them, not with a fixed width.
         autocast: the dtype the model runs in, None for its own.
         progress: called with "moments", "sensitivity" or "candidates", how many, of how many.
 
@@ -196,7 +201,7 @@ def allocate(
     weights = []
     for name, kind in kinds.items():
         module = model.get_submodule(name)
-        found = _measured(module, moments[name], candidates(kind), sensitivities[name])
+        found = _measured(module, moments[name], candidates(kind), sensitivities[name], coded)
         shape = tuple(cast(Tensor, module.weight).shape)
         weights.append(WeightAllocation(name, kind, shape, sensitivities[name], found, 0))
         tell("candidates", len(weights), len(kinds))
@@ -248,7 +253,7 @@ def choose(weights: Sequence[WeightAllocation], budget: int) -> Allocation:
 
 @torch.no_grad()
 def _measured(
-    module: nn.Module, moments: Moments, specs: Iterable[LayerSpec], sensitivity: float
+    module: nn.Module, moments: Moments, specs: Iterable[LayerSpec], sensitivity: float, coded: bool
 ) -> tuple[Candidate, ...]:
     """The candidates of one weight, from few bytes to many, without those that another one beats."""
     problems = {flag: _problem(module, moments, column_scales=flag) for flag in (False, True)}
@@ -258,15 +263,29 @@ def _measured(
     for spec in specs:
         problem = problems[spec.column_scales]
         matrix = problem.matrix[sample]
-        values = solve(matrix, problem.hessian, spec, damping=problem.damping).values
-        error = relative_error(matrix, values, problem.cost)
-        found.append(Candidate(spec, spec.bytes(rows, columns), error, sensitivity * error))
+        solution = solve(matrix, problem.hessian, spec, damping=problem.damping)
+        error = relative_error(matrix, solution.values, problem.cost)
+        size = _coded_bytes(solution, spec, rows, columns) if coded else spec.bytes(rows, columns)
+        found.append(Candidate(spec, size, error, sensitivity * error))
     found.sort(key=lambda candidate: (candidate.bytes, candidate.loss))
     kept: list[Candidate] = []
     for candidate in found:
         if not kept or candidate.loss < kept[-1].loss:
             kept.append(candidate)
     return tuple(kept)
+
+
+def _coded_bytes(solution: Solution, spec: LayerSpec, rows: int, columns: int) -> int:
+    """What a weight will take with entropy-coded codes, from the frequencies in a sample of its rows."""
+    quant, whole = spec.quant, spec.bytes(rows, columns)
+    if quant is None or solution.scale is None:
+        return whole
+    codes = q.quantize(solution.values, solution.scale, solution.zero, quant, spec.group)
+    kept = codes.flatten() if solution.mask is None else codes[solution.mask]
+    shares = torch.bincount(kept.long(), minlength=1 << quant.bits).double() / kept.numel()
+    bits = float(-torch.special.xlogy(shares, shares).sum()) / math.log(2.0)
+    count, fixed = rows * spec.stored_columns(columns), spec.sizes(rows, columns)["codes"]
+    return whole - fixed + min(fixed, math.ceil(_CODED_MARGIN * entropy.coded_bytes(count, quant.bits, bits)))
 
 
 def _problem(module: nn.Module, moments: Moments, *, column_scales: bool) -> Problem:

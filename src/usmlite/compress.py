@@ -254,6 +254,7 @@ def choose_spec(
             kinds,
             list(calibration_batches(recipe, teacher, speech)),
             target - rest,
+            coded=recipe.spec.entropy_coding,
             autocast=_calibration_autocast(recipe),
             progress=progress,
         )

@@ -7,6 +7,8 @@ words, so that a step of all lanes is a few operations on arrays. The layout is 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 _BITS = 12  # frequencies add up to 2^12
@@ -18,6 +20,11 @@ _LOWEST = 1 << 16  # states lie in 2^16 .. 2^32 - 1 between steps; words have 16
 def lanes_for(count: int) -> int:
     """How many lanes `count` codes are dealt to: more of them are faster and cost four bytes each."""
     return max(1, min(count, 128 + count // 16_384))
+
+
+def coded_bytes(count: int, bits: int, entropy: float) -> int:
+    """About what `encode` makes of `count` codes of `bits` bits with this entropy, in bits a code."""
+    return math.ceil(count * entropy / 8) + 2 * (1 << bits) + 4 * lanes_for(count)
 
 
 def encode(codes: np.ndarray, bits: int) -> np.ndarray:
