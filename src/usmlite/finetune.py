@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from usmlite import student as students
 from usmlite.atomic import write_bytes
 from usmlite.audio import WINDOW_SECONDS
-from usmlite.augment import add_noise, spec_augment
+from usmlite.augment import add_noise, spec_augment, swap_words
 from usmlite.checkpoint import CheckpointFolder, save_student
 from usmlite.data import Utterance, Window, load_window, pack_windows
 from usmlite.distill import Distillation, LossWeights
@@ -394,14 +394,16 @@ def _to_device(
 ) -> dict[str, Tensor]:
     samples = torch.stack([row[0] for row in rows]).to(device)
     heard = taught = adapter.features(samples)
+    generator = torch.Generator().manual_seed((recipe.training.seed * 1_000_003 + step) * 64 + part)
     if recipe.training.spec_augment:
-        generator = torch.Generator().manual_seed((recipe.training.seed * 1_000_003 + step) * 64 + part)
         heard = spec_augment(taught, generator)
         if recipe.training.teacher_hears == "same":
             taught = heard
     ids, labels = adapter.targets(
         [row[1] for row in rows], timestamps=[row[2] for row in rows], language=recipe.data.language
     )
+    if recipe.data.swapped:
+        ids = swap_words(ids, adapter.words(ids), recipe.data.swapped, generator)
     return {
         "heard": heard,
         "taught": taught,

@@ -72,6 +72,9 @@ class DataRecipe:
     single: float = _key(0.15, "share of the training windows with one short utterance and then silence")
     speed: float = _key(0.0, "play training speech up to this share faster or slower (0.1: 0.9 to 1.1 times)")
     noise: float = _key(0.0, "share of the training windows with noise added, at 10 to 40 dB")
+    swapped: float = _key(
+        0.0, "share of the words before the one to predict that are replaced by other words of the batch"
+    )
     level: float = _key(0.0, "raise or lower training speech by up to this many dB")
 
 
@@ -333,6 +336,7 @@ _SHARES = {
     "data.timestamps": 1.0,
     "data.single": 1.0,
     "data.noise": 1.0,
+    "data.swapped": 1.0,
     "data.speed": 0.5,
     "student.mask_freeze": 1.0,
     "training.warmup": 1.0,

@@ -228,6 +228,10 @@ class WhisperAdapter:
             labels[index, prompt_length - 1 : len(tokens) - 1] = tokens[prompt_length:]
         return inputs, labels
 
+    def words(self, tokens: Tensor) -> Tensor:
+        """Which tokens are text: bool of the same shape, False for prompts, times and the end."""
+        return tokens < self.end  # Whisper numbers its special tokens after the text's
+
     def _body(self, texts: Sequence[TimedText], timed: bool) -> list[int]:
         body: list[int] = []
         latest = 0
