@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from usmlite import entropy
 from usmlite import quantize as q
 from usmlite.errors import SpecError
+from usmlite.models import IGNORED
 from usmlite.moments import Moments, collect_moments
 from usmlite.solve import DAMPING, Problem, Solution, corrected_bias, relative_error, solve
 from usmlite.spec import NM, Int, LayerSpec, Rule
@@ -46,7 +47,6 @@ _LOSS_BATCHES = 2
 _STEPS = 20_000
 # Below this a probe's error says nothing.
 _LEAST_ERROR = 1e-9
-_IGNORED = -100
 TABLES = ("embedding", "positions")
 
 
@@ -331,7 +331,7 @@ def _log_probabilities(model: nn.Module, batch: Mapping[str, Tensor], autocast: 
     """Of the words at the scored positions, float32 `[positions, vocabulary]`."""
     device = next(model.parameters()).device
     inputs = {name: value.to(device) for name, value in batch.items()}
-    scored = inputs.pop("labels") != _IGNORED
+    scored = inputs.pop("labels") != IGNORED
     with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         logits = cast(Tensor, model(**inputs, use_cache=False).logits)[scored]
     return logits.float().log_softmax(dim=-1)
