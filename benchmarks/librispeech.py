@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from usmlite.atomic import write_bytes, write_json
-from usmlite.compress import compress
+from usmlite.compress import ALLOCATION_FILE, compress
 from usmlite.data import load_corpus
 from usmlite.evaluate import Evaluation, compare, evaluate
 from usmlite.load import load
@@ -33,9 +33,12 @@ RECIPES, RESULTS, README = (
     ROOT / "README.md",
 )
 START, END = "<!-- results -->", "<!-- /results -->"
+# The run whose measurements the other target sizes choose from.
+MEASURED = "9.4-percent"
 # The order of the table; what is not named comes after.
 ORDER = (
-    "dense", "dense-finetuned", "int8", "int4", "int3", "9.4-percent", "int4-2of4", "int4-2of4-no-finetuning",
+    "dense", "dense-finetuned", "int8", "int4", "9.4-percent", "6.3-percent", "4.7-percent",
+    "int3", "int4-2of4", "int4-2of4-no-finetuning",
 )  # fmt: skip
 
 
@@ -72,9 +75,16 @@ def make(name: str, arguments: argparse.Namespace, console: Console) -> None:
         data = {"train": str(arguments.data / "train"), "dev": str(arguments.data / "dev")}
         data["transcripts"] = str(arguments.runs / "transcripts.jsonl")
         source = arguments.runs / name
-        report = compress(load_recipe(RECIPES / f"{name}.toml", {"data": data}), source, console=console)
-        # The data's place on this machine is nobody's business.
-        report["recipe"]["data"] = {k: v for k, v in report["recipe"]["data"].items() if k not in data}
+        overrides = {"data": data}
+        measured = arguments.runs / MEASURED / ALLOCATION_FILE
+        if name != MEASURED and measured.is_file():
+            if load_recipe(RECIPES / f"{name}.toml").spec.target_size is not None:
+                overrides["spec"] = {"measured": str(measured)}
+        report = compress(load_recipe(RECIPES / f"{name}.toml", overrides), source, console=console)
+        # The places on this machine are nobody's business.
+        for section, table in overrides.items():
+            for key in table:
+                del report["recipe"][section][key]
         result["run"] = report
     evaluation = measure(source, arguments.data / "test", arguments.precision, console)
     evaluation["name"] = name
@@ -141,7 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     arguments = build_parser().parse_args()
     if arguments.data is not None:
-        recipes = sorted(path.stem for path in RECIPES.glob("*.toml"))
+        recipes = sorted((path.stem for path in RECIPES.glob("*.toml")), key=lambda name: name != MEASURED)
         for name in arguments.only or ["dense", *recipes]:
             make(name, arguments, Console())
     if arguments.table:

@@ -8,11 +8,23 @@ import itertools
 import pytest
 import torch
 
+from correlated import correlated
 from small_whisper import small_teacher
 from usmlite import entropy
 from usmlite import quantize as q
-from usmlite.allocate import Allocation, Candidate, WeightAllocation, _coded_bytes, allocate, choose
+from usmlite.allocate import (
+    Allocation,
+    Candidate,
+    WeightAllocation,
+    _coded_bytes,
+    _measured,
+    allocate,
+    choose,
+    read_weights,
+)
+from usmlite.atomic import write_json
 from usmlite.errors import SpecError
+from usmlite.moments import Moments
 from usmlite.solve import solve
 from usmlite.spec import NM, Int, LayerSpec
 
@@ -96,7 +108,23 @@ def test_coded_bytes_are_close_to_those_that_coding_takes() -> None:
         kept = codes.flatten() if solution.mask is None else codes[solution.mask]
         coded = len(entropy.encode(kept.numpy(), spec.quant.bits))
         expected = spec.bytes(512, 256) - spec.sizes(512, 256)["codes"] + coded
-        assert _coded_bytes(solution, spec, 512, 256) == pytest.approx(1.02 * expected, rel=0.01)
+        assert _coded_bytes(kept, spec, 512, 256, tables=1) == pytest.approx(1.02 * expected, rel=0.01)
+
+
+def test_at_equal_bytes_a_rate_errs_less_than_bits() -> None:
+    torch.manual_seed(7)
+    layer, values = torch.nn.Linear(384, 384), torch.randn(384, 384)
+    with torch.no_grad():
+        layer.weight.copy_(values * values.abs())  # large weights are rare, but there are some, as in models
+    inputs = correlated(2000, 384)
+    moments = Moments(inputs.T @ inputs, inputs.sum(0), torch.zeros(384), 2000)
+    bits, rates = (Int(2, grid="midrise"), Int(4)), (1.25, 2.25)
+    specs = [*map(LayerSpec, bits), *map(LayerSpec.at_rate, rates)]
+    two, four, low, high = _measured(layer, moments, specs, 1.0, True)
+    assert low.bytes < two.bytes
+    assert low.error < 0.7 * two.error
+    assert high.bytes < four.bytes
+    assert high.error < four.error
 
 
 def test_the_model_is_left_as_it_was(measured) -> None:
@@ -109,3 +137,17 @@ def test_more_bytes_predict_less_loss(measured) -> None:
     losses = [choose(found.weights, budget).loss for budget in (40_000, 60_000, 90_000)]
     assert losses == sorted(losses, reverse=True)
     assert losses[0] > losses[2]
+
+
+def test_a_choice_can_be_made_again_from_its_file(measured, tmp_path) -> None:
+    found, _, _ = measured
+    path = tmp_path / "allocation.json"
+    write_json(path, found.to_dict())
+    kinds = {each.name: each.kind for each in found.weights}
+    assert read_weights(path, kinds) == list(found.weights)
+    assert choose(read_weights(path, kinds), 90_000).loss <= found.loss
+    with pytest.raises(SpecError, match="another model"):
+        read_weights(path, {**kinds, "model.decoder.layers.9.fc1": "linear"})
+    path.write_text("{}")
+    with pytest.raises(SpecError, match="unreadable"):
+        read_weights(path, kinds)

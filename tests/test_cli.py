@@ -349,3 +349,32 @@ def test_info(
     rules.write_text("[spec]\nbits = 4\nsparsity = '2:4'\n")
     assert cli.main(["info", str(dense_model), "--rules-from", str(rules)]) == 0
     assert "would take" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "model", "files"),
+    [
+        (["a.wav"], "tiny.en-small", ["a.wav"]),
+        (["a.wav", "b.flac"], "tiny.en-small", ["a.wav", "b.flac"]),
+        (["small", "a.wav"], "small", ["a.wav"]),
+        (["tiny.en", "a.wav", "b.wav"], "tiny.en", ["a.wav", "b.wav"]),
+        (["small", "--format", "srt", "a.wav"], "small", ["a.wav"]),
+        (["a.wav", "--hold", "int8", "b.wav", "c.mp3"], "tiny.en-small", ["a.wav", "b.wav", "c.mp3"]),
+        (["--model", "small", "a.wav"], "small", ["a.wav"]),
+        (["recording.aiff", "--model", "small"], "small", ["recording.aiff"]),
+    ],
+)
+def test_the_first_recording_is_not_taken_for_the_model(
+    words: list[str], model: str, files: list[str]
+) -> None:
+    arguments, rest = cli.build_parser().parse_known_args(["transcribe", *words])
+    assert cli._sort_out(arguments, rest) == []
+    assert arguments.source == model
+    assert arguments.files == [Path(name) for name in files]
+
+
+def test_transcribe_needs_a_recording(capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(capsys, "transcribe", "tiny.en")
+    assert "no audio file is named" in message
+    assert "tiny.en" in message
+    assert "--formt" in fails(capsys, "transcribe", "tiny.en", "a.wav", "--formt")

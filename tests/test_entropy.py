@@ -29,6 +29,26 @@ def test_what_is_decoded_is_what_was_encoded(bits: int, count: int, width: float
     assert np.array_equal(entropy.decode(data, bits, count), codes)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 5000), st.integers(1, 64), st.integers(0, 2**32 - 1))
+def test_any_number_of_tables_comes_back(bits: int, count: int, tables: int, seed: int) -> None:
+    codes = np.random.default_rng(seed).integers(0, 1 << bits, count).astype(np.uint8)
+    assert np.array_equal(entropy.decode(entropy.encode(codes, bits, tables), bits, count, tables), codes)
+
+
+def test_tables_pay_where_runs_differ() -> None:
+    rng = np.random.default_rng(0)
+    alike = np.clip(np.round(rng.normal(32, 8, 400_000)), 0, 63).astype(np.uint8)
+    widths = np.repeat(np.linspace(12, 1, 64), 6250)
+    differing = np.clip(np.round(rng.normal(32, widths)), 0, 63).astype(np.uint8)
+    assert entropy.best_tables(alike, 6) == 1
+    assert entropy.best_tables(differing, 6) == entropy.MOST_TABLES
+    sizes = [len(entropy.encode(differing, 6, tables)) for tables in (1, 64)]
+    assert sizes[1] < 0.98 * sizes[0], sizes
+    bits = entropy.entropy_of(entropy.count_codes(differing, 6, 64))
+    assert sizes[1] == pytest.approx(entropy.coded_bytes(differing.size, 6, bits, 64), rel=0.01)
+
+
 @pytest.mark.parametrize("code", [0, 5])
 def test_one_code_only(code: int) -> None:
     codes = np.full(1000, code, np.uint8)

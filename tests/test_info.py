@@ -13,7 +13,7 @@ from usmlite.pack import pack
 from usmlite.spec import KEEP, NM, CompressionSpec, Int, LayerSpec, Rule
 
 SPECS = {
-    "int4 2:4": CompressionSpec.simple(4, "2:4"),
+    "int4 2:4": CompressionSpec.simple(4, "2:4", coded=False),
     "int3 groups": CompressionSpec.simple(3, None, 16, symmetric=False),
     "float 1:4": CompressionSpec.simple(None, "1:4"),
     "mixed": CompressionSpec((Rule("*.fc1", KEEP), Rule("*", LayerSpec(Int(2, grid="midrise"), NM(3, 7))))),

@@ -260,7 +260,11 @@ def test_matrix_shape() -> None:
 def test_embeddings_are_dense_with_bits_for_equal_bytes(
     bits: int | None, sparsity: str | None, wanted: int | None, expected: int
 ) -> None:
-    spec = CompressionSpec.simple(bits, sparsity, embedding_bits=wanted).resolve("x", "embedding")
+    spec = CompressionSpec.simple(bits, sparsity, embedding_bits=wanted, coded=False).resolve(
+        "x", "embedding"
+    )
+    coded = CompressionSpec.simple(bits, sparsity, embedding_bits=wanted).resolve("x", "embedding")
+    assert coded == LayerSpec(Int(8), column_scales=True, rate=expected)
     assert spec == LayerSpec(Int(expected), column_scales=True)
     if wanted is None and bits is not None:
         pruned = LayerSpec(Int(bits), None if sparsity is None else NM.parse(sparsity))
@@ -275,3 +279,29 @@ def test_column_scales_survive_their_dict_and_need_codes() -> None:
         LayerSpec(None, NM(2, 4), column_scales=True)
     with pytest.raises(SpecError, match="true or false"):
         LayerSpec.from_dict({"bits": 3, "column_scales": 1})
+
+
+def test_a_rate_survives_its_dict_and_counts_as_bytes() -> None:
+    spec = LayerSpec.at_rate(2.5, column_scales=True)
+    assert LayerSpec.from_dict(spec.to_dict()) == spec
+    assert str(spec) == "2.5 bits coded, column scales"
+    assert spec.sizes(10, 64)["codes"] == 10 * 64 * 2.5 / 8
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"bits": 8, "rate": 0}, "unusable rate"),
+        ({"bits": 8, "rate": 9.5}, "unusable rate"),
+        ({"bits": 8, "rate": True}, "unusable rate"),
+        ({"bits": 8, "rate": "3"}, "unusable rate"),
+        ({"bits": 2, "rate": 3.0}, "no fewer bits"),
+        ({"bits": 8, "rate": 3.0, "symmetric": False}, "symmetric"),
+        ({"bits": None, "rate": 3.0}, "float16"),
+        ({"bits": 8, "rate": 3.0, "sparsity": "2:4"}, "sparsity"),
+        ({"bits": 8, "rate": 3.0, "group": 32}, "groups"),
+    ],
+)
+def test_impossible_rates(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        LayerSpec.from_dict(wrong)

@@ -5,6 +5,7 @@ import torch
 from transformers import WhisperForConditionalGeneration
 
 from small_whisper import small_teacher
+from usmlite import entropy
 from usmlite.errors import ModelError, SpecError
 from usmlite.spec import NM, CompressionSpec, Int, LayerSpec, Rule
 from usmlite.student import (
@@ -187,7 +188,7 @@ def test_update_masks_reports_the_share_that_changed(teacher):
 
 
 def test_learned_scales_receive_gradient(teacher):
-    student = student_of(teacher)
+    student = student_of(teacher, CompressionSpec.simple(4, "2:4", coded=False))
     student(**batch(teacher)).loss.backward()
     moved = [layer.compression.log_scale.grad.abs().sum() > 0 for _, layer in compressed_layers(student)]
     assert all(moved)
@@ -242,3 +243,28 @@ def test_autocast_gives_the_same_weight_in_bf16(teacher):
         weight = layer.compression(layer.weight)
     assert weight.dtype == torch.bfloat16
     assert torch.equal(weight, fake_quantized(layer).bfloat16())
+
+
+def test_a_rate_is_spent_whatever_the_scale_rule(teacher):
+    for rule in ("min-max", "min-error", "learned"):
+        spec = CompressionSpec((Rule("*.embed_tokens", LayerSpec.at_rate(3.0, column_scales=True)),))
+        student = student_of(teacher, spec, scales=rule)
+        ((_, layer),) = compressed_layers(student)
+        codes, scale, _ = layer.compression.codes(layer.weight)
+        counts = entropy.count_codes(codes.numpy(), 8, entropy.MOST_TABLES)
+        assert entropy.entropy_of(counts) == pytest.approx(3.0, abs=0.1)
+        assert layer.compression.log_scale is None
+        assert torch.equal(scale, scale[:1].expand_as(scale))
+
+
+def test_rows_that_are_seldom_used_get_larger_steps(teacher):
+    name = "model.decoder.embed_tokens"
+    spec = CompressionSpec((Rule(name, LayerSpec.at_rate(3.0, column_scales=True)),))
+    rows = len(teacher.get_submodule(name).weight)
+    octaves = torch.linspace(0, 2, rows)
+    student = make_student(
+        teacher, {f"{name}.weight": "embedding"}, spec, octaves={f"{name}.weight": octaves}
+    )
+    ((_, layer),) = compressed_layers(student)
+    _, scale, _ = layer.compression.codes(layer.weight)
+    assert scale[-1].item() == pytest.approx(4 * scale[0].item(), rel=2e-3)

@@ -10,10 +10,12 @@ sum is least within the budget: a multiple-choice knapsack, solved by dynamic pr
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -25,7 +27,7 @@ from usmlite import quantize as q
 from usmlite.errors import SpecError
 from usmlite.models import IGNORED
 from usmlite.moments import Moments, collect_moments
-from usmlite.solve import DAMPING, Problem, Solution, corrected_bias, drafts, relative_error
+from usmlite.solve import DAMPING, Problem, corrected_bias, drafts, relative_error
 from usmlite.spec import NM, Int, LayerSpec, Rule
 from usmlite.student import from_matrix, to_matrix
 
@@ -33,6 +35,8 @@ Progress = Callable[[str, int, int], None]
 
 _BITS = (8, 6, 5, 4, 3, 2, 1)
 _PATTERNS = (NM(3, 4), NM(2, 4), NM(1, 4))
+# Bits a weight after entropy coding.
+_RATES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0)
 # Above this, pruning never beat the same bytes in fewer bits, in any weight that was tried.
 _MOST_PRUNED_BITS = 4
 # Rows of a weight on which a candidate's error is measured.
@@ -142,8 +146,49 @@ class Allocation:
         }
 
 
-def default_candidates(kind: str) -> tuple[LayerSpec, ...]:
-    """What weights of a kind may become: 1 to 8 bits, dense or with N:M; tables are never pruned."""
+def read_weights(path: str | Path, kinds: Mapping[str, str]) -> list[WeightAllocation]:
+    """What an earlier allocation measured of these weights, from its JSON file.
+
+    Args:
+        path: written from `Allocation.to_dict`.
+        kinds: as for `allocate`.
+
+    Raises:
+        SpecError: it cannot be read, or is of other weights.
+    """
+    try:
+        found = {
+            row["name"]: WeightAllocation(
+                row["name"],
+                row["kind"],
+                tuple(row["shape"]),
+                row["sensitivity"],
+                tuple(_read_candidate(candidate) for candidate in row["candidates"]),
+                row["chosen"],
+            )
+            for row in json.loads(Path(path).read_text(encoding="utf-8"))["weights"]
+        }
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise SpecError("unreadable measurements", where=path, found=str(error)) from None
+    missing = [name for name, kind in kinds.items() if name not in found or found[name].kind != kind]
+    if missing:
+        raise SpecError(
+            "these measurements are of another model, or of other weights",
+            where=path,
+            expected=missing[0],
+            remedy="Leave spec.measured out to measure this one.",
+        )
+    return [found[name] for name in kinds]
+
+
+def _read_candidate(values: Mapping[str, Any]) -> Candidate:
+    rest = dict(values)
+    size, error, loss = rest.pop("bytes"), rest.pop("error"), rest.pop("loss")
+    return Candidate(LayerSpec.from_dict(rest), int(size), float(error), float(loss))
+
+
+def integer_candidates(kind: str) -> tuple[LayerSpec, ...]:
+    """1 to 8 bits, dense or with N:M; tables are never pruned."""
     if kind in TABLES:
         return tuple(LayerSpec(Int(bits, grid=_grid(bits)), column_scales=True) for bits in _BITS)
     dense = [LayerSpec(Int(bits, grid=_grid(bits))) for bits in _BITS]
@@ -155,6 +200,19 @@ def default_candidates(kind: str) -> tuple[LayerSpec, ...]:
         if bits <= _MOST_PRUNED_BITS
     ]
     return (*dense, *sparse)
+
+
+def rate_candidates(kind: str) -> tuple[LayerSpec, ...]:
+    """0.75 to 6 bits a weight after entropy coding."""
+    return tuple(LayerSpec.at_rate(rate, column_scales=kind in TABLES) for rate in _RATES)
+
+
+def default_candidates(kind: str) -> tuple[LayerSpec, ...]:
+    """What weights of a kind may become where their codes are entropy-coded."""
+    return (*integer_candidates(kind), *rate_candidates(kind))
+
+
+CANDIDATES = {"all": default_candidates, "integer": integer_candidates, "rate": rate_candidates}
 
 
 def _grid(bits: int) -> Any:
@@ -169,6 +227,7 @@ def allocate(
     *,
     candidates: Callable[[str], Sequence[LayerSpec]] = default_candidates,
     coded: bool = True,
+    octaves: Mapping[str, Tensor] | None = None,
     autocast: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> Allocation:
@@ -181,6 +240,7 @@ def allocate(
         budget: bytes for these weights together, in the packed file.
         candidates: what weights of a kind may become.
         coded: count codes as entropy coding will store them, not with a fixed width.
+        octaves: as for `make_student`.
         autocast: the dtype the model runs in, None for its own.
         progress: called with "moments", "sensitivity" or "candidates", how many, of how many.
 
@@ -197,13 +257,22 @@ def allocate(
         model, list(kinds), batches, autocast=autocast,
         progress=lambda done, total: tell("moments", done, total or done),
     )  # fmt: skip
-    sensitivities = _sensitivities(model, kinds, moments, batches[:_LOSS_BATCHES], autocast, tell)
+    loss = _Loss(model, batches[:_LOSS_BATCHES], autocast)
+    sensitivities = {}
+    for name, kind in kinds.items():
+        sensitivities[name] = _sensitivity(model.get_submodule(name), kind, moments[name], loss)
+        tell("sensitivity", len(sensitivities), len(kinds))
     weights = []
     for name, kind in kinds.items():
         module = model.get_submodule(name)
-        found = _measured(module, moments[name], candidates(kind), sensitivities[name], coded)
+        specs = candidates(kind)
+        if kind in TABLES:
+            rows = (octaves or {}).get(f"{name}.weight")
+            found = _measured_table(module, moments[name], specs, rows, loss, coded)
+        else:
+            found = _measured(module, moments[name], specs, sensitivities[name], coded)
         shape = tuple(cast(Tensor, module.weight).shape)
-        weights.append(WeightAllocation(name, kind, shape, sensitivities[name], found, 0))
+        weights.append(WeightAllocation(name, kind, shape, sensitivities[name], _front(found), 0))
         tell("candidates", len(weights), len(kinds))
     return choose(weights, budget)
 
@@ -251,42 +320,88 @@ def choose(weights: Sequence[WeightAllocation], budget: int) -> Allocation:
     return Allocation(tuple(done), budget)
 
 
-@torch.no_grad()
-def _measured(
-    module: nn.Module, moments: Moments, specs: Sequence[LayerSpec], sensitivity: float, coded: bool
-) -> tuple[Candidate, ...]:
-    """The candidates of one weight, from few bytes to many, without those that another one beats."""
-    problems = {flag: _problem(module, moments, column_scales=flag) for flag in (False, True)}
-    rows, columns = problems[False].matrix.shape
-    sample = torch.linspace(0, rows - 1, min(rows, _SAMPLE_ROWS)).round().long()
-    found = []
-    for flag, problem in problems.items():
-        mine = [spec for spec in specs if spec.column_scales == flag]
-        matrix = problem.matrix[sample]
-        solutions = drafts(matrix, problem.hessian, mine, damping=problem.damping)
-        for spec, solution in zip(mine, solutions, strict=True):
-            error = relative_error(matrix, solution.values, problem.cost)
-            size = _coded_bytes(solution, spec, rows, columns) if coded else spec.bytes(rows, columns)
-            found.append(Candidate(spec, size, error, sensitivity * error))
-    found.sort(key=lambda candidate: (candidate.bytes, candidate.loss))
+def _front(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
+    """From few bytes to many, without those that another one beats."""
     kept: list[Candidate] = []
-    for candidate in found:
+    for candidate in sorted(candidates, key=lambda candidate: (candidate.bytes, candidate.loss)):
         if not kept or candidate.loss < kept[-1].loss:
             kept.append(candidate)
     return tuple(kept)
 
 
-def _coded_bytes(solution: Solution, spec: LayerSpec, rows: int, columns: int) -> int:
-    """What a weight will take with entropy-coded codes, from the frequencies in a sample of its rows."""
-    quant, whole = spec.quant, spec.bytes(rows, columns)
-    if quant is None or solution.scale is None:
-        return whole
-    codes = q.quantize(solution.values, solution.scale, solution.zero, quant, spec.group)
-    kept = codes.flatten() if solution.mask is None else codes[solution.mask]
-    shares = torch.bincount(kept.long(), minlength=1 << quant.bits).double() / kept.numel()
-    bits = float(-torch.special.xlogy(shares, shares).sum()) / math.log(2.0)
-    count, fixed = rows * spec.stored_columns(columns), spec.sizes(rows, columns)["codes"]
-    return whole - fixed + min(fixed, math.ceil(_CODED_MARGIN * entropy.coded_bytes(count, quant.bits, bits)))
+@torch.no_grad()
+def _measured(
+    module: nn.Module, moments: Moments, specs: Sequence[LayerSpec], sensitivity: float, coded: bool
+) -> Iterator[Candidate]:
+    """The candidates of one weight, from the errors of some of its rows."""
+    for flag in (False, True):
+        mine = [spec for spec in specs if spec.column_scales == flag]
+        if not mine:
+            continue
+        problem = _problem(module, moments, column_scales=flag)
+        rows, columns = problem.matrix.shape
+        sample = torch.linspace(0, rows - 1, min(rows, _SAMPLE_ROWS)).round().long()
+        matrix, scales = problem.matrix[sample], []
+        for spec in mine:
+            scale = None
+            if spec.rate is not None and spec.quant is not None:
+                scale = q.rate_scales(problem.matrix, spec.quant, spec.rate)[sample]
+            scales.append(scale)
+        pairs = zip(mine, scales, strict=True)
+        for spec, solution in zip(
+            mine, drafts(matrix, problem.hessian, pairs, damping=problem.damping), strict=True
+        ):
+            error = relative_error(matrix, solution.values, problem.cost)
+            size = spec.bytes(rows, columns)
+            if coded and spec.quant is not None and solution.scale is not None:
+                codes = q.quantize(solution.values, solution.scale, solution.zero, spec.quant, spec.group)
+                kept = codes.flatten() if solution.mask is None else codes[solution.mask]
+                size = _coded_bytes(kept, spec, rows, columns, tables=1)
+            yield Candidate(spec, size, error, sensitivity * error)
+
+
+@torch.no_grad()
+def _measured_table(
+    module: nn.Module,
+    moments: Moments,
+    specs: Sequence[LayerSpec],
+    octaves: Tensor | None,
+    loss: _Loss,
+    coded: bool,
+) -> Iterator[Candidate]:
+    """The candidates of a table of rows, each tried in the model.
+
+    Rows count as often as their words occur, which an error of the whole matrix does not tell.
+    """
+    for spec in specs:
+        quant = spec.quant
+        assert quant is not None
+        problem = _problem(module, moments, column_scales=spec.column_scales)
+        rows, columns = problem.matrix.shape
+        zero = None
+        if spec.rate is not None:
+            scale = q.rate_scales(problem.matrix, quant, spec.rate, octaves)
+        else:
+            scale, zero = q.min_error(problem.matrix, None, quant, spec.group)
+        rounded = q.fake_quantize(problem.matrix, None, scale, zero, quant, spec.group)
+        size = spec.bytes(rows, columns)
+        if coded:
+            codes = q.quantize(rounded, scale, zero, quant, spec.group)
+            tables = entropy.best_tables(codes.numpy(), quant.bits)
+            size = _coded_bytes(codes, spec, rows, columns, tables=tables)
+        error = relative_error(problem.matrix, rounded, problem.cost)
+        dense = rounded if problem.column_scale is None else rounded * problem.column_scale
+        yield Candidate(spec, size, error, loss.rise(module, dense, moments))
+
+
+def _coded_bytes(codes: Tensor, spec: LayerSpec, rows: int, columns: int, *, tables: int) -> int:
+    """What a weight takes with entropy-coded codes, going by some of the stored ones."""
+    assert spec.quant is not None
+    parts, bits = spec.sizes(rows, columns), spec.quant.bits
+    stored = spec.stored_columns(columns)
+    share = entropy.entropy_of(entropy.count_codes(codes.cpu().numpy(), bits, tables))
+    coded = math.ceil(_CODED_MARGIN * entropy.coded_bytes(rows * stored, bits, share, tables))
+    return sum(parts.values()) - parts["codes"] + min(rows * math.ceil(stored * bits / 8), coded)
 
 
 def _problem(module: nn.Module, moments: Moments, *, column_scales: bool) -> Problem:
@@ -299,33 +414,41 @@ def _problem(module: nn.Module, moments: Moments, *, column_scales: bool) -> Pro
     )
 
 
+class _Loss:
+    """How far the model's words are from the dense model's, on a few batches."""
+
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]], autocast: torch.dtype | None
+    ) -> None:
+        self.model, self.batches, self.autocast = model, batches, autocast
+        self.reference = [self._words(batch) for batch in batches]
+
+    @torch.no_grad()
+    def _words(self, batch: Mapping[str, Tensor]) -> Tensor:
+        was_training = self.model.training
+        words = _log_probabilities(self.model.eval(), batch, self.autocast)
+        self.model.train(was_training)
+        return words
+
+    @torch.no_grad()
+    def rise(self, module: nn.Module, matrix: Tensor, moments: Moments) -> float:
+        """The mean KL divergence, nats per token, with another weight in this module."""
+        total = 0.0
+        with _exchanged(module, matrix, moments):
+            for batch, reference in zip(self.batches, self.reference, strict=True):
+                total += float((reference.exp() * (reference - self._words(batch))).sum(dim=-1).mean())
+        return total / len(self.batches)
+
+
 @torch.no_grad()
-def _sensitivities(
-    model: nn.Module,
-    kinds: Mapping[str, str],
-    moments: Mapping[str, Moments],
-    batches: Sequence[Mapping[str, Tensor]],
-    autocast: torch.dtype | None,
-    tell: Progress,
-) -> dict[str, float]:
-    """Rise of the loss for each weight that is rounded coarsely, over its relative output error."""
-    was_training = model.training
-    model.eval()
-    reference = [_log_probabilities(model, batch, autocast) for batch in batches]
-    out = {}
-    for name, kind in kinds.items():
-        module = model.get_submodule(name)
-        problem = _problem(module, moments[name], column_scales=kind in TABLES)
-        scale, zero = q.min_error(problem.matrix, None, _PROBE, None)
-        rounded = q.fake_quantize(problem.matrix, None, scale, zero, _PROBE, None)
-        error = relative_error(problem.matrix, rounded, problem.cost)
-        dense = rounded if problem.column_scale is None else rounded * problem.column_scale
-        with _exchanged(module, dense, moments[name]):
-            losses = [_divergence(model, *pair, autocast) for pair in zip(batches, reference, strict=True)]
-        out[name] = sum(losses) / len(losses) / max(error, _LEAST_ERROR)
-        tell("sensitivity", len(out), len(kinds))
-    model.train(was_training)
-    return out
+def _sensitivity(module: nn.Module, kind: str, moments: Moments, loss: _Loss) -> float:
+    """Rise of the loss with the weight rounded coarsely, over its relative output error."""
+    problem = _problem(module, moments, column_scales=kind in TABLES)
+    scale, zero = q.min_error(problem.matrix, None, _PROBE, None)
+    rounded = q.fake_quantize(problem.matrix, None, scale, zero, _PROBE, None)
+    error = relative_error(problem.matrix, rounded, problem.cost)
+    dense = rounded if problem.column_scale is None else rounded * problem.column_scale
+    return loss.rise(module, dense, moments) / max(error, _LEAST_ERROR)
 
 
 def _log_probabilities(model: nn.Module, batch: Mapping[str, Tensor], autocast: torch.dtype | None) -> Tensor:
@@ -336,14 +459,6 @@ def _log_probabilities(model: nn.Module, batch: Mapping[str, Tensor], autocast: 
     with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         logits = cast(Tensor, model(**inputs, use_cache=False).logits)[scored]
     return logits.float().log_softmax(dim=-1)
-
-
-def _divergence(
-    model: nn.Module, batch: Mapping[str, Tensor], reference: Tensor, autocast: torch.dtype | None
-) -> float:
-    """The mean KL divergence from the dense model's words, nats per token."""
-    found = _log_probabilities(model, batch, autocast)
-    return float((reference.exp() * (reference - found)).sum(dim=-1).mean())
 
 
 @contextmanager

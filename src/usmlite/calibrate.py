@@ -210,6 +210,7 @@ def _start(
             damping=problem.damping,
             importance=compression.importance,
             covering=compression.options.scales == "min-max",
+            scale=compression.rate_scales(problem.matrix),
         )
         used = solution.damping
         notes += solution.notes

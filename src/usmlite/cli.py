@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from usmlite.errors import AudioError, OutputError, RecipeError, UsmliteError
 from usmlite.recipe import Key, Recipe, build_recipe, keys, load_recipe
+from usmlite.shipped import DEFAULT
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,14 +41,17 @@ _SECTIONS = {
 }
 
 MAIN_EPILOG = """\
+at once, with the small model that comes along:
+  usmlite transcribe interview.wav
+
 the usual way through:
   usmlite info tiny.en --bits 4 --sparsity 2:4       what it would take, before anything is trained
   usmlite compress tiny.en --data speech/ --out small/
   usmlite evaluate small/packed --data test.jsonl --against tiny.en
   usmlite transcribe small/packed interview.wav --format srt
 
-MODEL is a name (tiny.en, base), a Whisper directory of Transformers or CTranslate2 (faster-whisper), a
-hub id such as openai/whisper-base, or what `usmlite compress` wrote.
+MODEL is a name (tiny.en, base, or tiny.en-small, which comes along), a Whisper directory of Transformers or
+CTranslate2 (faster-whisper), a hub id such as openai/whisper-base, or what `usmlite compress` wrote.
 
 Every command explains itself: usmlite COMMAND --help. Errors in what you give it end with exit code 2.
 """
@@ -86,7 +90,10 @@ TRANSCRIBE_EPILOG = """\
 Audio may have any length, rate and number of channels: WAV, FLAC, OGG, Opus or MP3. A file that cannot be
 read does not stop the others; it is named at the end, and the exit code is then 2.
 
+Without MODEL, tiny.en-small transcribes: English, a tenth of the bytes of tiny.en, inside usmlite itself.
+
 examples:
+  usmlite transcribe interview.wav
   usmlite transcribe small/packed interview.wav
   usmlite transcribe small/packed *.mp3 --format all --output-dir transcripts/
   usmlite transcribe base rede.flac --language de --task translate --format vtt
@@ -201,8 +208,12 @@ def _add_transcribe(commands: Any) -> None:
     parser = _command(
         commands, "transcribe", "write down what is said in audio files", TRANSCRIBE_EPILOG, _run_transcribe
     )
-    parser.add_argument("source", metavar="MODEL", help="dense, student checkpoint or packed model")
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="audio")
+    parser.add_argument(
+        "source", nargs="?", metavar="MODEL",
+        help=f"dense, student checkpoint or packed model (default: {DEFAULT})",
+    )  # fmt: skip
+    parser.add_argument("files", nargs="+", metavar="FILE", help="audio")
+    parser.add_argument("--model", help="the same as MODEL")
     parser.add_argument(
         "--format", choices=(*FORMATS, "all"), default="txt",
         help="plain text, JSON with times, or subtitles (default: txt)",
@@ -335,6 +346,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = build_parser()
         arguments, rest = parser.parse_known_args(argv)
         command = arguments.command or ""
+        if command == "transcribe":
+            rest = _sort_out(arguments, rest)
         if rest:
             raise _unknown(parser, command, rest[0])
         if not command:
@@ -354,6 +367,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader has left (`| head`). Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+
+
+def _sort_out(arguments: argparse.Namespace, rest: list[str]) -> list[str]:
+    """Tells MODEL from the files, which flags may stand between; returns what is neither.
+
+    argparse alone takes the first of several recordings for the model.
+    """
+    words = [word for word in (arguments.source, *arguments.files) if word is not None]
+    # A word after a flag: argparse gave all it had to the words before.
+    words += [word for word in rest if not word.startswith("-")]
+    arguments.source = arguments.model or DEFAULT
+    if arguments.model is None and not _is_recording(words[0]):
+        arguments.source, *words = words
+    if not words:
+        raise UsmliteError(
+            "no audio file is named", where="usmlite transcribe", expected="[MODEL] FILE...",
+            found=f"only {arguments.source}",
+        )  # fmt: skip
+    arguments.files = [Path(word) for word in words]
+    return [word for word in rest if word.startswith("-")]
+
+
+def _is_recording(word: str) -> bool:
+    from usmlite.audio import SUFFIXES
+
+    path = Path(word)
+    # Models are directories or names; a name may have a dot too (tiny.en), but not these endings.
+    return path.is_file() or path.suffix.lower() in SUFFIXES
 
 
 def _complain(text: str) -> None:

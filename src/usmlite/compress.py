@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from usmlite import finetune as training
 from usmlite import report
 from usmlite import student as students
-from usmlite.allocate import allocate
+from usmlite.allocate import CANDIDATES, Allocation, allocate, choose, read_weights
 from usmlite.atomic import write_bytes, write_json
 from usmlite.audio import WINDOW_SECONDS
 from usmlite.calibrate import calibrate
@@ -48,6 +48,8 @@ from usmlite.transcripts import transcribe_corpus, with_targets
 REPORT_FILE, ALLOCATION_FILE = "report.json", "allocation.json"
 # What a stored tensor takes in the header of the packed file, and into how many a weight is cut; about.
 _HEADER_BYTES, _PARTS = 140, 3
+# Rules that the plan shows one by one.
+_MOST_RULES = 12
 
 
 def compress(recipe: Recipe, output: Path, *, console: Console | None = None) -> dict[str, Any]:
@@ -222,7 +224,7 @@ def choose_spec(
     target = recipe.spec.target_bytes(teacher.float32_bytes)
     if target is None or (output / SPEC_FILE).is_file():
         return run_spec(output, recipe)
-    if not speech.train:
+    if not speech.train and recipe.spec.measured is None:
         raise RecipeError(
             "a target size needs speech to measure on",
             where="data.train (--data)",
@@ -240,24 +242,11 @@ def choose_spec(
     chosen_here = sum(base.resolve(n, k).bytes(*matrix_shape(shapes[n])) for n, k in kinds.items())
     tensors = _PARTS * len(kinds) + len(list(teacher.model.parameters()))
     rest = expected_bytes(base, teacher) - chosen_here + _HEADER_BYTES * tensors
-    bars: dict[str, Any] = {}
-    with ExitStack() as stack:
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in bars:
-                stack.close()  # one bar at a time
-                bars[stage] = stack.enter_context(_bar(console, f"Measuring {stage}", total))
-            bars[stage](done, total)
-
-        found = allocate(
-            teacher.model,
-            kinds,
-            list(calibration_batches(recipe, teacher, speech)),
-            target - rest,
-            coded=recipe.spec.entropy_coding,
-            autocast=_calibration_autocast(recipe),
-            progress=progress,
-        )
+    budget = target - rest
+    if recipe.spec.measured is None:
+        found = _allocate(recipe, teacher, speech, kinds, budget, console)
+    else:
+        found = choose(read_weights(recipe.spec.measured, kinds), budget)
     write_json(output / ALLOCATION_FILE, found.to_dict())
     rules = [*recipe.spec.rules, *(rule.to_dict() for rule in found.rules())]
     # Last, because its presence says that the choice is made.
@@ -272,6 +261,36 @@ def choose_spec(
         markup=False,
     )
     return run_spec(output, recipe)
+
+
+def _allocate(
+    recipe: Recipe,
+    teacher: Teacher,
+    speech: Speech,
+    kinds: Mapping[str, str],
+    budget: int,
+    console: Console,
+) -> Allocation:
+    bars: dict[str, Any] = {}
+    with ExitStack() as stack:
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                stack.close()  # one bar at a time
+                bars[stage] = stack.enter_context(_bar(console, f"Measuring {stage}", total))
+            bars[stage](done, total)
+
+        return allocate(
+            teacher.model,
+            kinds,
+            list(calibration_batches(recipe, teacher, speech)),
+            budget,
+            candidates=CANDIDATES[recipe.spec.candidates if recipe.spec.entropy_coding else "integer"],
+            coded=recipe.spec.entropy_coding,
+            octaves=teacher.adapter.octaves(),
+            autocast=_calibration_autocast(recipe),
+            progress=progress,
+        )
 
 
 def _calibration_autocast(recipe: Recipe) -> torch.dtype | None:
@@ -299,7 +318,7 @@ def plan(recipe: Recipe, spec: CompressionSpec, teacher: Teacher, speech: Speech
     steps, batch = recipe.training.steps, recipe.training.batch_size * recipe.training.accumulate
     lines = [
         f"Model     {teacher.source}: {teacher.float32_bytes / 1e6:.1f} MB in float32",
-        *(f"Spec      {rule.kind or 'rest'}: {rule.spec} ({rule.match})" for rule in spec.rules),
+        *_rule_lines(spec),
         f"Packed    about {size / 1e6:.2f} MB, {100 * size / teacher.float32_bytes:.2f} % of float32"
         + (", before entropy coding" if recipe.spec.entropy_coding else ""),
         f"Speech    {len(speech.train)} utterances, {hours:.2f} h"
@@ -315,6 +334,14 @@ def plan(recipe: Recipe, spec: CompressionSpec, teacher: Teacher, speech: Speech
     else:
         lines.append("Training  none")
     return "\n".join(lines)
+
+
+def _rule_lines(spec: CompressionSpec) -> list[str]:
+    named = [rule for rule in spec.rules if "*" not in rule.match]
+    # One for each weight, as an allocation makes them, has just been shown as a table.
+    shown = spec.rules if len(named) <= _MOST_RULES else [rule for rule in spec.rules if rule not in named]
+    lines = [] if shown is spec.rules else [f"Spec      {len(named)} weights by name, each its own"]
+    return lines + [f"Spec      {rule.kind or 'weights'}: {rule.spec} ({rule.match})" for rule in shown]
 
 
 def training_targets(
@@ -346,6 +373,7 @@ def start_student(
         spec,
         student_options(recipe),
         computed=adapter.computed(teacher.model),
+        octaves=adapter.octaves(),
         start=not resumed,
     )
     if resumed or recipe.student.start == "magnitude" or not students.layer_specs(student):

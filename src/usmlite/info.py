@@ -28,6 +28,7 @@ from usmlite.packfile import (
     read_manifest,
 )
 from usmlite.report import LayerRow, layer_table, readable_bytes
+from usmlite.shipped import shipped
 from usmlite.spec import CompressionSpec, LayerSpec, matrix_shape
 
 COMPUTED = "computed, not stored"
@@ -124,7 +125,7 @@ def describe(source: str | Path, spec: CompressionSpec) -> ModelInfo:
         ModelError: unknown or unsupported source.
         PackedModelError: a damaged packed model.
     """
-    path = Path(source)
+    path = shipped(source) or Path(source)
     if (path / RECIPE_FILE).is_file() and (path / PACKED_FOLDER).is_dir():
         path = path / PACKED_FOLDER
     if is_packed(path):

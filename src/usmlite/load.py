@@ -12,6 +12,7 @@ from usmlite.packed import load_packed
 from usmlite.packfile import WEIGHTS_NAME, is_packed
 from usmlite.recipe import Recipe, load_recipe
 from usmlite.runtime import Recognizer
+from usmlite.shipped import DEFAULT, SHIPPED, shipped
 from usmlite.spec import CompressionSpec, matrix_shape
 from usmlite.student import StudentOptions, dense_equivalent, layer_specs, make_student
 
@@ -20,12 +21,15 @@ SPEC_FILE = "spec.toml"
 """The rules that were chosen for a target size, as a recipe of their own."""
 
 
-def load(source: str | Path, *, hold: Literal["float32", "int8", "packed"] = "float32") -> Recognizer:
+def load(
+    source: str | Path = DEFAULT, *, hold: Literal["float32", "int8", "packed"] = "float32"
+) -> Recognizer:
     """Loads a model for transcription and evaluation.
 
     Args:
-        source: a packed model's directory; a run's directory (its packed model is taken); a student
-            that a run saved (`RUN/best`, `RUN/checkpoints/step-000200`); or anything `load_teacher` takes.
+        source: the name of a model that comes with usmlite ("tiny.en-small", a packed one, the default); a
+            packed model's directory; a run's directory (its packed model is taken); a student that a run
+            saved (`RUN/best`, `RUN/checkpoints/step-000200`); or anything `load_teacher` takes.
         hold: how a packed model's weights are kept in memory: expanded to "float32" (fastest for now),
             as "int8" codes, or "packed" as in the file (smallest).
 
@@ -34,7 +38,13 @@ def load(source: str | Path, *, hold: Literal["float32", "int8", "packed"] = "fl
         PackedModelError: a damaged packed model.
         TrainingError: a damaged student.
     """
-    path = Path(source)
+    path = shipped(source) or Path(source)
+    if source in SHIPPED and not path.is_dir():
+        raise ModelError(
+            "this installation came without its models",
+            where=source,
+            remedy="Install usmlite from its wheel, from a checkout, or name a model of your own.",
+        )
     if (path / RECIPE_FILE).is_file():
         if not (path / PACKED_FOLDER).is_dir():
             raise ModelError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -110,17 +110,20 @@ def pack(
 
 def _coded(name: str, layer: CompressedLayer, path: Path | None) -> PackedLayer:
     """What becomes of a weight; its entropy-coded codes are put into `path`, if they are worth it."""
-    spec, shape = layer.compression.spec, tuple(layer.weight.shape)
+    # A rate says how scales were chosen, which a reader need not know.
+    spec, shape = replace(layer.compression.spec, rate=None), tuple(layer.weight.shape)
     if path is None or spec.quant is None:
         return PackedLayer(shape, spec)
     stored = spec.stored_columns(matrix_shape(shape)[1])
     packed = pack_layer(name, layer)["codes"]
-    data = entropy.encode(kernels.unpack_codes(packed, spec.quant.bits, stored).numpy(), spec.quant.bits)
+    codes = kernels.unpack_codes(packed, spec.quant.bits, stored).numpy()
+    tables = entropy.best_tables(codes, spec.quant.bits)
+    data = entropy.encode(codes, spec.quant.bits, tables)
     low, high = packfile.coded_bounds(packed.numel())
     if not low <= len(data) <= high:
         return PackedLayer(shape, spec)
     data.tofile(path)
-    return PackedLayer(shape, spec, len(data))
+    return PackedLayer(shape, spec, len(data), tables)
 
 
 def pack_layer(name: str, layer: CompressedLayer) -> dict[str, Tensor]:

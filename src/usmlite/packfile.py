@@ -365,11 +365,13 @@ class PackedLayer:
         shape: its shape in the model.
         spec: what it became.
         coded: bytes of its entropy-coded codes; None where they are stored with a fixed width.
+        tables: how many tables of frequencies these bytes begin with.
     """
 
     shape: tuple[int, ...]
     spec: LayerSpec
     coded: int | None = None
+    tables: int = 1
 
     def parts(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of each part as it lies in the file."""
@@ -397,7 +399,7 @@ class PackedLayer:
         rows, columns = matrix_shape(self.shape)
         stored, bits = self.spec.stored_columns(columns), self.spec.quant.bits
         try:
-            codes = entropy.decode(parts["coded"].cpu().numpy(), bits, rows * stored)
+            codes = entropy.decode(parts["coded"].cpu().numpy(), bits, rows * stored, self.tables)
         except ValueError as error:
             raise PackedModelError(
                 "impossible entropy-coded codes", where=f"{where}.coded", found=error, remedy=_AGAIN
@@ -408,6 +410,8 @@ class PackedLayer:
     def to_dict(self) -> dict[str, Any]:
         """As config.json holds it."""
         coded = {} if self.coded is None else {"coded": self.coded}
+        if self.tables > 1:
+            coded["tables"] = self.tables
         return {"shape": list(self.shape), **self.spec.to_dict(), **coded}
 
 
@@ -531,7 +535,7 @@ def _read_layer(values: object, where: str) -> PackedLayer:
             "unreadable layer", where=where, expected="an object", found=repr(values)[:100]
         )
     rest = dict(values)
-    shape, coded = rest.pop("shape", None), rest.pop("coded", None)
+    shape, coded, tables = rest.pop("shape", None), rest.pop("coded", None), rest.pop("tables", 1)
     # Bounded, so that no product of a hostile file's numbers gets out of hand.
     if (
         not isinstance(shape, list)
@@ -548,7 +552,7 @@ def _read_layer(values: object, where: str) -> PackedLayer:
         spec = LayerSpec.from_dict(rest, where=where)
         if spec.is_kept:
             raise SpecError("neither bits nor sparsity", expected="a compressed layer")
-        layer = PackedLayer(tuple(shape), spec, coded)
+        layer = PackedLayer(tuple(shape), spec, coded, tables)
     except (SpecError, TypeError) as error:
         raise PackedModelError(f"unusable layer spec: {error}", where=where, remedy=_AGAIN) from None
     if coded is not None:
@@ -559,6 +563,12 @@ def _read_layer(values: object, where: str) -> PackedLayer:
                 "unusable number of bytes", where=f"{where}.coded", expected=f"{low} to {high}",
                 found=repr(coded)[:100], remedy=_AGAIN,
             )  # fmt: skip
+    most = 1 if coded is None else entropy.MOST_TABLES
+    if not isinstance(tables, int) or isinstance(tables, bool) or not 1 <= tables <= most:
+        raise PackedModelError(
+            "unusable number of tables", where=f"{where}.tables", expected=f"1 to {most}",
+            found=repr(tables)[:100], remedy=_AGAIN,
+        )  # fmt: skip
     return layer
 
 

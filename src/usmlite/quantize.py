@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from usmlite import entropy
 from usmlite.spec import Int
 
 # Outside this range a float16 scale loses precision or overflows.
@@ -22,6 +23,8 @@ MIN_SCALE = 2.0**-14
 MAX_SCALE = 65504.0
 # Rows are handled in blocks of about this many elements, so that a block's temporaries stay in cache.
 _BLOCK_ELEMENTS = 1 << 17
+# Halvings of the interval in which the step for a rate is searched.
+_RATE_TRIES = 12
 
 
 def spread(per_group: Tensor, columns: int, group: int | None) -> Tensor:
@@ -129,6 +132,36 @@ def min_error(
         best = torch.where(better, scale, best)
         best_error = torch.where(better, total, best_error)
     return best, zero
+
+
+def rate_scales(weight: Tensor, quant: Int, rate: float, octaves: Tensor | None = None) -> Tensor:
+    """Scales with which entropy coding spends about `rate` bits on a weight.
+
+    At a given rate the squared error is least if all rows have the same step, however large their weights,
+    and codes enough not to be clipped (Gish and Pierce 1968); where the errors of rows count differently,
+    each octave of a row's step saves it one bit a weight.
+
+    Args:
+        weight: float32 `[rows, columns]`.
+        quant: symmetric codes, of more bits than the rate.
+        rate: bits a weight.
+        octaves: float32 `[rows]`, by how many doublings each row's step is larger; None for none.
+
+    Returns:
+        float32 `[rows, 1]`, rounded as float16.
+    """
+    steps = torch.ones(len(weight), 1, device=weight.device)
+    if octaves is not None:
+        steps = torch.exp2(octaves.to(weight.device)).unsqueeze(1)
+    size = float(weight.square().mean().sqrt()) or 1.0
+    # The rate falls by about a bit where the step doubles.
+    low, high = -12.0, 6.0
+    for _ in range(_RATE_TRIES):
+        middle = (low + high) / 2
+        codes = quantize(weight, round_scale(steps * size * 2.0**middle), None, quant, None)
+        counts = entropy.count_codes(codes.cpu().numpy(), quant.bits, entropy.MOST_TABLES)
+        low, high = (middle, high) if entropy.entropy_of(counts) > rate else (low, middle)
+    return round_scale(steps * size * 2.0**high)
 
 
 def quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, quant: Int, group: int | None) -> Tensor:

@@ -91,10 +91,10 @@ class SpecRecipe:
         "levels: 'integer' has a zero, 'midrise' lies around zero (good at 1 and 2 bits)",
         choices=("integer", "midrise"),
     )
-    embedding_bits: int = _key(
-        0,
-        "bits of token embeddings, which are not pruned; 0 for the least that cost no fewer bytes than "
-        "pruned ones of the other bits (3 for int4 with 2:4)",
+    embedding_bits: float = _key(
+        0.0,
+        "bits a weight of token embeddings, which are not pruned; with entropy coding any number, such as "
+        "2.5; 0 for the least whole number that is no less than the bits of the rest (3 for int4 with 2:4)",
     )
     entropy_coding: bool = _key(
         True, "entropy-code the codes in the packed file: smaller, the same model, slower to load"
@@ -103,6 +103,17 @@ class SpecRecipe:
         None,
         "size of the packed file, such as 9.4% (of float32), 14MB or 14000000: bits and sparsity are then "
         "chosen for each weight by measuring (rules still decide first)",
+    )
+    candidates: str = _key(
+        "rate",
+        "what a target size chooses from: integer (1 to 8 bits, dense, 3:4, 2:4 and 1:4), rate (0.75 to 6 "
+        "bits a weight by entropy coding), or all",
+        choices=("rate", "integer", "all"),
+    )
+    measured: str | None = _key(
+        None,
+        "allocation.json of an earlier run of the same model: a target size chooses from its figures again "
+        "instead of measuring",
     )
     rules: tuple[dict[str, Any], ...] = ()
 
@@ -138,6 +149,13 @@ class SpecRecipe:
                 "unknown number of bits", where="spec.bits", expected="1 to 8, or 'float'", found=self.bits
             )
         first = [Rule.from_dict(rule, where=f"spec.rules[{i}]") for i, rule in enumerate(self.rules)]
+        rated = next((rule for rule in first if rule.spec.rate is not None), None)
+        if rated is not None and not self.entropy_coding:
+            raise RecipeError(
+                "a rate needs entropy coding",
+                where=f"spec.rules: {rated.match}",
+                remedy="Leave entropy_coding on, or give bits without a rate.",
+            )
         return CompressionSpec.simple(
             None if isinstance(self.bits, str) else self.bits,
             self.sparsity,
@@ -145,6 +163,7 @@ class SpecRecipe:
             symmetric=self.symmetric,
             grid=typing.cast("Any", self.grid),
             embedding_bits=self.embedding_bits or None,
+            coded=self.entropy_coding,
             first=first,
         )
 

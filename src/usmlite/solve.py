@@ -143,6 +143,7 @@ def solve(
     damping: float = DAMPING,
     importance: Tensor | None = None,
     covering: bool = False,
+    scale: Tensor | None = None,
 ) -> Solution:
     """Prunes and rounds a weight so that its output on the given inputs changes little.
 
@@ -163,6 +164,7 @@ def solve(
         importance: float32 `[columns]`, positive: the student's masks rank |master| * sqrt(importance).
         covering: whether the student derives its scales from its largest master weights (min-max);
             then no kept weight lies outside the codes, and each group has one at the end of its range.
+        scale: float32 `[rows, 1]`, if it is not to be chosen here; for symmetric codes without groups.
 
     Returns:
         The solution. Its master weights are the compensated ones before rounding, moved so that they
@@ -173,16 +175,17 @@ def solve(
     weight = weight.float()
     if importance is None:
         importance = torch.ones(columns, device=weight.device)
-    plan, damping, notes = _plan(hessian, spec, damping, covering)
+    given = scale
+    plan, damping, notes = _plan(hessian, spec, damping, covering and given is None)
     master, values = torch.empty_like(weight), torch.empty_like(weight)
     mask = None if spec.sparsity is None else torch.empty_like(weight, dtype=torch.bool)
-    scale = zero = None
+    zero = None
     if spec.quant is not None:
         scale = torch.empty(rows, spec.scale_groups(columns), device=weight.device)
         zero = None if spec.quant.symmetric else torch.empty_like(scale)
     for low in range(0, rows, _BLOCK_ROWS):
         block = slice(low, low + _BLOCK_ROWS)
-        part = _solve_rows(weight[block], importance, plan)
+        part = _solve_rows(weight[block], importance, plan, None if given is None else given[block])
         master[block], values[block] = part.master, part.values
         for whole, piece in ((mask, part.mask), (scale, part.scale), (zero, part.zero)):
             if whole is not None and piece is not None:
@@ -191,7 +194,11 @@ def solve(
 
 
 def drafts(
-    weight: Tensor, hessian: Tensor, specs: Iterable[LayerSpec], *, damping: float = DAMPING
+    weight: Tensor,
+    hessian: Tensor,
+    specs: Iterable[tuple[LayerSpec, Tensor | None]],
+    *,
+    damping: float = DAMPING,
 ) -> Iterator[Solution]:
     """What a weight would become under several specs, for comparing them, in a quarter of the time.
 
@@ -201,20 +208,21 @@ def drafts(
     Args:
         weight: float32 `[rows, columns]`; some of the rows will do.
         hessian: as for `solve`.
-        specs: what the weight may become.
+        specs: what the weight may become, each with its scales where they are given, as for `solve`.
         damping: as for `solve`.
 
     Yields:
         A solution for each spec, whose master weights are not fitted to its codes.
     """
     plans: dict[tuple[int, int], _Plan] = {}
-    for spec in specs:
+    for spec, scale in specs:
         walk = (1 if spec.sparsity is None else spec.sparsity.m, spec.group or 0)
         if walk not in plans:
             plans[walk] = _plan(hessian, spec, damping, covering=False)[0]
         plan = replace(plans[walk], spec=spec)
-        found = _walk(weight.float(), plan)
-        yield found if spec.quant is None else _polish(weight.float(), found, plan, sweeps=1)
+        found = _walk(weight.float(), plan, scale)
+        fit = scale is None
+        yield found if spec.quant is None else _polish(weight.float(), found, plan, sweeps=1, fit=fit)
 
 
 @dataclass(frozen=True)
@@ -305,16 +313,18 @@ def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, fl
     return equal, equal, used, ["the Hessian could not be inverted: all inputs counted alike"]
 
 
-def _solve_rows(weight: Tensor, importance: Tensor, plan: _Plan) -> Solution:
+def _solve_rows(weight: Tensor, importance: Tensor, plan: _Plan, given: Tensor | None) -> Solution:
     """`solve` for some of the rows."""
     spec, quant, nm = plan.spec, plan.spec.quant, plan.spec.sparsity
-    found = _walk(weight, plan)
-    if quant is not None:
+    found = _walk(weight, plan, given)
+    if given is not None:
+        found = _polish(weight, found, plan, fit=False)
+    elif quant is not None:
         # Compensation changes the weights that the scales were chosen for: choose them again.
         again = _walk(weight, plan, *_scales(found.master, found.mask, plan))
         found = _better(found, again, weight, plan.damped)
         found = _polish(weight, found, plan)
-    found = _better(found, _plain(weight, importance, plan), weight, plan.hessian)
+    found = _better(found, _plain(weight, importance, plan, given), weight, plan.hessian)
     master = _fit_kept(found, plan)
     scale, zero, values = found.scale, found.zero, found.values
     if quant is not None and scale is not None and plan.covering:
@@ -375,12 +385,14 @@ def _walk(weight: Tensor, plan: _Plan, scale: Tensor | None = None, zero: Tensor
     return Solution(work[back].T.contiguous(), values[back].T.contiguous(), mask, scale, zero, 0.0)
 
 
-def _polish(weight: Tensor, found: Solution, plan: _Plan, *, sweeps: int = _SWEEPS) -> Solution:
+def _polish(
+    weight: Tensor, found: Solution, plan: _Plan, *, sweeps: int = _SWEEPS, fit: bool = True
+) -> Solution:
     """Improves codes and scales in turn while the mask stays.
 
     Coordinate descent: every column in turn is rounded from where the error of all the others
     would have it (the walk only looks ahead); then each row's scale is fitted to its codes by
-    least squares. Neither can raise the error, but for the scale's rounding to float16.
+    least squares, unless it shall stay. Neither can raise the error, but for the scale's rounding to float16.
     """
     quant, group = plan.spec.quant, plan.spec.group
     assert quant is not None
@@ -393,7 +405,7 @@ def _polish(weight: Tensor, found: Solution, plan: _Plan, *, sweeps: int = _SWEE
     original = weight.T.contiguous()
     for _ in range(sweeps):
         pull = hessian @ (original - values)
-        if group is None and not plan.covering:
+        if fit and group is None and not plan.covering:
             weighed = hessian @ values
             size = (values * weighed).sum(dim=0)
             ratio = torch.where(size > 0, 1.0 + (values * pull).sum(dim=0) / size, 1.0).clamp(0.5, 2.0)
@@ -425,13 +437,13 @@ def _polish(weight: Tensor, found: Solution, plan: _Plan, *, sweeps: int = _SWEE
     return Solution(wanted.T.contiguous(), settled, mask, scale, zero, 0.0)
 
 
-def _plain(weight: Tensor, importance: Tensor, plan: _Plan) -> Solution:
+def _plain(weight: Tensor, importance: Tensor, plan: _Plan, given: Tensor | None) -> Solution:
     """The start without compensation, as the student makes it."""
     nm, quant = plan.spec.sparsity, plan.spec.quant
     mask = None if nm is None else nm_mask(weight.abs() * importance.sqrt(), nm)
     if quant is None:
         return Solution(weight, _pruned(_to_half(weight), mask), mask, None, None, 0.0)
-    scale, zero = _scales(weight, mask, plan)
+    scale, zero = _scales(weight, mask, plan) if given is None else (given, None)
     values = q.fake_quantize(_pruned(weight, mask), mask, scale, zero, quant, plan.spec.group)
     return Solution(weight, values, mask, scale, zero, 0.0)
 

@@ -179,12 +179,16 @@ class LayerSpec:
             channel (row). The group counts the columns of the full, unpruned weight.
         column_scales: every column has a scale as well, which multiplies its weights on top of the
             row's. For tables in which some columns are far larger than others, as in token embeddings.
+        rate: bits a weight that entropy coding shall spend on the codes. Steps are then chosen for that and
+            not for the number of codes, of which there only need to be enough, and rows that are seldom
+            used get larger ones. For what is not trained: training would change the rate.
     """
 
     quant: Int | None = None
     sparsity: NM | None = None
     group: int | None = None
     column_scales: bool = False
+    rate: float | None = None
 
     def __post_init__(self) -> None:
         if self.group is not None and (not _is_integer(self.group) or self.group < 1):
@@ -209,6 +213,32 @@ class LayerSpec:
                 remedy="Set bits, or leave column_scales out.",
             )
 
+        if self.rate is not None:
+            self._check_rate()
+
+    def _check_rate(self) -> None:
+        rate: object = self.rate
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 8:
+            raise SpecError(
+                "unusable rate", where="rate", expected="bits a weight, above 0 and at most 8",
+                found=repr(self.rate),
+            )  # fmt: skip
+        if self.quant is None or not self.quant.symmetric or self.quant.bits < rate:
+            raise SpecError(
+                "a rate without codes for it", where="rate", expected="symmetric codes of no fewer bits",
+                found="float16" if self.quant is None else str(self.quant),
+            )  # fmt: skip
+        if self.sparsity is not None or self.group is not None:
+            raise SpecError(
+                "a rate with sparsity or groups", where="rate", expected="dense, one scale per row",
+                remedy="Leave rate out, or sparsity and group.",
+            )  # fmt: skip
+
+    @classmethod
+    def at_rate(cls, rate: float, *, column_scales: bool = False) -> LayerSpec:
+        """So many bits a weight, and all the codes there are, so that the largest weights are not clipped."""
+        return cls(Int(8), column_scales=column_scales, rate=rate)
+
     @property
     def is_kept(self) -> bool:
         """Whether the weight stays a plain float16 tensor."""
@@ -225,14 +255,14 @@ class LayerSpec:
         return 1 if self.group is None else max(1, math.ceil(columns / self.group))
 
     def sizes(self, rows: int, columns: int) -> dict[str, int]:
-        """Bytes of each stored part of a `[rows, columns]` weight."""
+        """Bytes of each stored part of a `[rows, columns]` weight; with a rate, about."""
         stored = self.stored_columns(columns)
         if self.quant is None:
             parts = {"values": rows * stored * FLOAT_BYTES}
         else:
             scales = rows * self.scale_groups(columns)
             parts = {
-                "codes": rows * math.ceil(stored * self.quant.bits / 8),
+                "codes": rows * math.ceil(stored * (self.rate or self.quant.bits) / 8),
                 "scale": scales * SCALE_BYTES,
             }
             if not self.quant.symmetric:
@@ -262,6 +292,8 @@ class LayerSpec:
             out["group"] = self.group
         if self.column_scales:
             out["column_scales"] = True
+        if self.rate is not None:
+            out["rate"] = self.rate
         return out
 
     @classmethod
@@ -271,7 +303,7 @@ class LayerSpec:
         Raises:
             SpecError: an unknown key or an impossible value; it names `where`.
         """
-        known = {"bits", "symmetric", "grid", "sparsity", "group", "column_scales"}
+        known = {"bits", "symmetric", "grid", "sparsity", "group", "column_scales", "rate"}
         unknown = sorted(set(values) - known)
         if unknown:
             raise SpecError(
@@ -292,6 +324,7 @@ class LayerSpec:
                 None if sparsity is None else NM.parse(sparsity),
                 values.get("group"),
                 values.get("column_scales", False),
+                values.get("rate"),
             )
         except SpecError as error:
             raise SpecError(
@@ -305,6 +338,8 @@ class LayerSpec:
     def __str__(self) -> str:
         if self.is_kept:
             return "float16"
+        if self.rate is not None:
+            return f"{self.rate:g} bits coded" + (", column scales" if self.column_scales else "")
         parts = ["float16" if self.quant is None else str(self.quant)]
         if self.sparsity is not None:
             parts.append(str(self.sparsity))
@@ -375,14 +410,16 @@ class CompressionSpec:
         *,
         symmetric: bool = True,
         grid: Grid = "integer",
-        embedding_bits: int | None = None,
+        embedding_bits: float | None = None,
+        coded: bool = True,
         first: Iterable[Rule] = (),
     ) -> CompressionSpec:
         """The usual case in one line.
 
         Linear layers get `bits` and `sparsity`. Token embeddings are quantized with column scales and
         never pruned: at equal bytes fewer bits cost them far less than pruning does
-        (docs/decisions/0006). Convolutions and position tables, about 2 % of a Whisper model, get
+        (docs/decisions/0006), and with entropy coding a rate costs them far less than bits do
+        (docs/decisions/0009). Convolutions and position tables, about 2 % of a Whisper model, get
         dense int8: they are the most sensitive weights and cost next to nothing.
 
         Args:
@@ -391,8 +428,10 @@ class CompressionSpec:
             group: inputs per scale, or None for one scale per output channel.
             symmetric: see `Int`.
             grid: see `Int`.
-            embedding_bits: of token embeddings. None takes the least whole number that spends no fewer
-                bits on a weight than `bits` with `sparsity` do: 3 for int4 with 2:4.
+            embedding_bits: of token embeddings; a rate where codes are entropy-coded. None takes the least
+                whole number that spends no fewer bits on a weight than `bits` with `sparsity` do: 3 for
+                int4 with 2:4.
+            coded: whether codes will be entropy-coded.
             first: rules that come before these.
         """
         nm = NM.parse(sparsity) if isinstance(sparsity, str) else sparsity
@@ -401,7 +440,11 @@ class CompressionSpec:
             embedding_bits = bits if nm is None else math.ceil(nm.bits_per_weight(bits))
         embedding = KEEP
         if embedding_bits is not None:
-            embedding = LayerSpec(Int(embedding_bits, symmetric=symmetric, grid=grid), None, group, True)
+            if coded and symmetric and group is None:
+                embedding = LayerSpec.at_rate(embedding_bits, column_scales=True)
+            else:
+                quant_of = Int(math.ceil(embedding_bits), symmetric=symmetric, grid=grid)
+                embedding = LayerSpec(quant_of, None, group, True)
         return cls(
             (
                 *first,

@@ -93,11 +93,19 @@ class WeightCompression(nn.Module):
     importance: Tensor
 
     def __init__(
-        self, weight: Tensor, spec: LayerSpec, options: StudentOptions, *, start: bool = True
+        self,
+        weight: Tensor,
+        spec: LayerSpec,
+        options: StudentOptions,
+        *,
+        start: bool = True,
+        octaves: Tensor | None = None,
     ) -> None:
+        """Takes the weight's spec; `octaves` as for `quantize.rate_scales`, of no use without a rate."""
         super().__init__()
         self.spec = spec
         self.options = options
+        self.octaves = octaves
         self.shape = weight.shape
         rows, columns = matrix_shape(weight.shape)
         device = weight.device
@@ -112,7 +120,9 @@ class WeightCompression(nn.Module):
         quant = spec.quant
         if quant is not None:
             groups = spec.scale_groups(columns)
-            if options.scales == "learned":
+            if spec.rate is not None:
+                self.scale = torch.ones(rows, groups, device=device)  # learning would change the rate
+            elif options.scales == "learned":
                 self.log_scale = nn.Parameter(torch.zeros(rows, groups, device=device))
             elif options.scales == "min-error":
                 self.scale = torch.ones(rows, groups, device=device)
@@ -153,6 +163,10 @@ class WeightCompression(nn.Module):
     @torch.no_grad()
     def _search_scales(self, weight: Tensor) -> None:
         quant = self.spec.quant
+        rated = self.rate_scales(self._pruned(weight))
+        if rated is not None:
+            self.set_scales(rated, None)
+            return
         if quant is None or self.options.scales == "min-max":
             return
         uniform = bool((self.importance == self.importance[0]).all())
@@ -164,6 +178,13 @@ class WeightCompression(nn.Module):
             importance=None if uniform else self.importance,
         )
         self.set_scales(scale, zero)
+
+    def rate_scales(self, matrix: Tensor) -> Tensor | None:
+        """Scales `[rows, 1]` for the spec's rate, of a weight over its column scales; None without a rate."""
+        spec = self.spec
+        if spec.rate is None or spec.quant is None:
+            return None
+        return q.rate_scales(matrix, spec.quant, spec.rate, self.octaves)
 
     @torch.no_grad()
     def set_scales(self, scale: Tensor, zero: Tensor | None) -> None:
@@ -388,6 +409,7 @@ def make_student(
     options: StudentOptions | None = None,
     *,
     computed: Collection[str] = (),
+    octaves: Mapping[str, Tensor] | None = None,
     start: bool = True,
 ) -> nn.Module:
     """A trainable copy of the teacher whose covered layers prune and quantize in the forward pass.
@@ -398,6 +420,8 @@ def make_student(
         spec: what each weight becomes.
         options: how scales and masks behave.
         computed: names of parameters that are computed, never stored nor trained (sinusoids).
+        octaves: weight name to how much coarser each of its rows may be, for specs with a rate; see
+            `quantize.rate_scales`.
         start: choose masks and scales from the teacher's weights; False where saved ones follow.
 
     Returns:
@@ -421,7 +445,9 @@ def make_student(
             continue
         layer = student.get_submodule(name)
         weight = cast(nn.Parameter, layer.weight)
-        compression = WeightCompression(weight.detach(), specs[name], options, start=start)
+        compression = WeightCompression(
+            weight.detach(), specs[name], options, start=start, octaves=(octaves or {}).get(f"{name}.weight")
+        )
         tied[id(weight)] = compression
         student.set_submodule(name, _wrap(layer, kind, compression))
     # A layer that shares a compressed weight (the tied output projection) must compute with it too.

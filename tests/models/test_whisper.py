@@ -272,3 +272,18 @@ def test_bad_processor_files_are_refused(tmp_path: Path, english: WhisperAdapter
 def test_a_tokenizer_of_another_model_is_refused(english: WhisperAdapter) -> None:
     with pytest.raises(ModelError, match="does not fit the model"):
         WhisperAdapter(WhisperConfig(vocab_size=1000), english.tokenizer)
+
+
+def test_frequent_words_and_special_tokens_keep_fine_steps(english: WhisperAdapter) -> None:
+    ((name, octaves),) = english.octaves().items()
+    assert name == "model.decoder.embed_tokens.weight"
+    assert octaves.shape == (english.config.vocab_size,)
+    assert (octaves[english.end :] == 0).all()
+    words = octaves[: english.end]
+    assert (words.diff() >= 0).all()
+    assert words.min() == 0
+
+
+def test_words_are_what_is_not_special(english: WhisperAdapter) -> None:
+    tokens = torch.tensor([[english.start, 5, english.end], [english.end - 1, english.timestamp_begin, 0]])
+    assert english.words(tokens).tolist() == [[False, True, False], [True, False, True]]
