@@ -77,10 +77,10 @@ def make(name: str, arguments: argparse.Namespace, console: Console) -> None:
         source = arguments.runs / name
         overrides = {"data": data}
         measured = arguments.runs / MEASURED / ALLOCATION_FILE
-        if name != MEASURED and measured.is_file():
-            if load_recipe(RECIPES / f"{name}.toml").spec.target_size is not None:
-                overrides["spec"] = {"measured": str(measured)}
-        report = compress(load_recipe(RECIPES / f"{name}.toml", overrides), source, console=console)
+        recipe = RECIPES / f"{name}.toml"
+        if name != MEASURED and measured.is_file() and load_recipe(recipe).spec.target_size is not None:
+            overrides["spec"] = {"measured": str(measured)}
+        report = compress(load_recipe(recipe, overrides), source, console=console)
         # The places on this machine are nobody's business.
         for section, table in overrides.items():
             for key in table:
