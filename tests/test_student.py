@@ -6,13 +6,12 @@ from transformers import WhisperForConditionalGeneration
 
 from small_whisper import small_teacher
 from usmlite.errors import ModelError, SpecError
+from usmlite.masks import attach
 from usmlite.spec import NM, CompressionSpec, Int, LayerSpec, Rule
 from usmlite.student import (
     StudentOptions,
     WeightCompression,
-    attach,
     compressed_layers,
-    decay_pruned,
     dense_equivalent,
     fake_quantized,
     from_matrix,
@@ -20,7 +19,6 @@ from usmlite.student import (
     make_student,
     round_kept,
     to_matrix,
-    update_masks,
 )
 
 SPEC = CompressionSpec.simple(4, "2:4")
@@ -125,65 +123,6 @@ def test_the_teacher_is_not_changed(teacher):
     student(**batch(teacher)).loss.backward()
     optimizer.step()
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
-
-
-def test_any_loop_trains_it_and_masks_follow_the_optimizer(teacher):
-    student = student_of(teacher, mask_every=2)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
-    updater = attach(student, optimizer)
-    layer = student.get_submodule("model.decoder.layers.0.fc1")
-    losses, masks = [], [layer.compression.mask.clone()]
-    for _ in range(8):
-        loss = student(**batch(teacher)).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        masks.append(layer.compression.mask.clone())
-    assert losses[-1] < losses[0]
-    assert updater.steps == 8
-    assert torch.equal(masks[0], masks[1])  # mask_every=2: nothing after the first step
-    assert not torch.equal(masks[0], masks[-1])
-    updater.frozen = True
-    optimizer.step()
-    assert torch.equal(layer.compression.mask, masks[-1])
-
-
-def test_fixed_masks_never_move(teacher):
-    student = student_of(teacher, masks="fixed")
-    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
-    attach(student, optimizer)
-    before = {
-        name: layer.compression.mask.clone()
-        for name, layer in compressed_layers(student)
-        if layer.compression.mask is not None
-    }
-    student(**batch(teacher)).loss.backward()
-    optimizer.step()
-    for name, mask in before.items():
-        assert torch.equal(student.get_submodule(name).compression.mask, mask)
-
-
-def test_pruned_weights_receive_gradient_and_decay(teacher):
-    student = student_of(teacher)
-    layer = student.get_submodule("model.encoder.layers.0.fc2")
-    student(**batch(teacher)).loss.backward()
-    mask = layer.compression.mask
-    assert layer.weight.grad[~mask].abs().max() > 0
-    before = layer.weight.detach().clone()
-    decay_pruned(student, 0.25)
-    assert torch.equal(layer.weight[mask], before[mask])
-    assert torch.allclose(layer.weight[~mask], 0.75 * before[~mask])
-
-
-def test_update_masks_reports_the_share_that_changed(teacher):
-    student = student_of(teacher)
-    assert update_masks(student) == 0.0
-    layer = student.get_submodule("model.encoder.layers.0.fc2")
-    with torch.no_grad():
-        layer.weight.copy_(torch.where(layer.compression.mask, layer.weight * 1e-3, layer.weight))
-    total = sum(x.weight.numel() for _, x in compressed_layers(student) if x.compression.mask is not None)
-    assert update_masks(student) == pytest.approx(layer.weight.numel() / total)
 
 
 def test_learned_scales_receive_gradient(teacher):

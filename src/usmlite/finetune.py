@@ -31,10 +31,11 @@ from usmlite.checkpoint import CheckpointFolder, save_student
 from usmlite.data import Utterance, Window, load_window, pack_windows
 from usmlite.distill import Distillation, LossWeights
 from usmlite.errors import OutputError, TrainingError
+from usmlite.masks import attach
 from usmlite.memory import PeakMemory
 from usmlite.models import TimedText, WhisperAdapter
 from usmlite.recipe import Recipe
-from usmlite.schedule import masks_frozen, rate
+from usmlite.schedule import moving_steps, rate
 
 # Power of speech over that of noise where noise is added, in dB: from a busy room to a quiet one.
 _SNR_DB = (10.0, 40.0)
@@ -250,7 +251,8 @@ def finetune(
     student.to(device).train()
     teacher.to(device).eval()
     optimizer = make_optimizer(student, recipe)
-    masks = students.attach(student, optimizer)
+    moving = moving_steps(training.steps, freeze=recipe.student.mask_freeze)
+    masks = attach(student, optimizer, moving=moving)
     folder, log = CheckpointFolder(output / "checkpoints"), output / "train.jsonl"
     state: dict[str, Any] = {
         "step": 0,
@@ -262,7 +264,7 @@ def finetune(
     }
     state.update(folder.restore(student, optimizer) or {})
     first = int(state["step"])
-    masks.steps = first
+    masks.at(first)
     _cut_log(log, first)
 
     weights = LossWeights(training.kl, training.ce, training.states, training.temperature)
@@ -294,7 +296,8 @@ def finetune(
         wer = dev_wer(student)
         student.train()
         state["dev_wer"] = wer
-        if state["best_wer"] is None or wer <= state["best_wer"]:
+        # With more weights than the spec allows it would be the best, and could not be packed.
+        if masks.at_target and (state["best_wer"] is None or wer <= state["best_wer"]):
             state["best_wer"], state["best_step"] = wer, step
             save_student(output / "best", student, None, {"step": step, "dev_wer": wer})
 
@@ -306,7 +309,6 @@ def finetune(
             share = rate(step, training.steps, warmup=training.warmup, final=training.final_rate)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share
-            masks.frozen = masks_frozen(step, training.steps, freeze=recipe.student.mask_freeze)
             sums: dict[str, float] = {}
             for part in range(training.accumulate):
                 batch = _to_device(next(batches), adapter, recipe, device, step, part)

@@ -165,11 +165,14 @@ class StudentRecipe:
     )
     masks: str = _key(
         "sr-ste",
-        "masks: fixed, periodic, or sr-ste (periodic, and pruned weights decay)",
-        choices=("fixed", "periodic", "sr-ste"),
+        "masks: fixed, periodic, sr-ste (periodic, and pruned weights decay) or gradual (dense at first, "
+        "then N falls by one at a time to that of the spec, in equal parts until mask_freeze)",
+        choices=("fixed", "periodic", "sr-ste", "gradual"),
     )
-    mask_every: int = _key(5, "optimizer steps between mask updates")
-    mask_decay: float = _key(2.0, "decay of pruned weights per unit of learning rate (sr-ste)")
+    mask_every: int = _key(5, "optimizer steps between mask updates; a large number is few-shot pruning")
+    mask_decay: float = _key(
+        2.0, "decay of pruned weights per unit of learning rate (sr-ste and gradual); 0 for none"
+    )
     mask_freeze: float = _key(0.7, "masks stop moving after this share of the steps")
 
 

@@ -4,7 +4,7 @@
 whose forward pass uses the pruned, then quantized weight. Parameter names stay those of the teacher,
 so any loop (`finetune`, a user's own, the Transformers `Trainer`) trains it like any other model.
 
-Masks and their decay follow the optimizer's steps through `attach`.
+Masks and their decay follow the optimizer's steps through `masks.attach`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from usmlite.sparsify import nm_mask
 from usmlite.spec import CompressionSpec, LayerSpec, matrix_shape
 
 ScaleRule = Literal["min-max", "min-error", "learned"]
-MaskRule = Literal["fixed", "periodic", "sr-ste"]
+MaskRule = Literal["fixed", "periodic", "sr-ste", "gradual"]
 SCALE_RULES: tuple[ScaleRule, ...] = ("min-max", "min-error", "learned")
-MASK_RULES: tuple[MaskRule, ...] = ("fixed", "periodic", "sr-ste")
+MASK_RULES: tuple[MaskRule, ...] = ("fixed", "periodic", "sr-ste", "gradual")
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,10 @@ class StudentOptions:
             "learned" starts from min-error and is then trained (LSQ).
         masks: "fixed" once at the start; "periodic" recomputed every `mask_every` optimizer steps;
             "sr-ste" the same, and pruned weights decay towards zero (arXiv 2102.04010, with the
-            decay in the optimizer step as arXiv 2302.01172 advises).
+            decay in the optimizer step as arXiv 2302.01172 advises); "gradual" dense at first, then N
+            falls by one at a time to that of the spec (`schedule.kept_of`), pruned weights decay.
         mask_every: optimizer steps between mask updates.
-        mask_decay: the decay of pruned weights, per unit of learning rate.
+        mask_decay: the decay of pruned weights, per unit of learning rate; 0 for none.
     """
 
     scales: ScaleRule = "learned"
@@ -80,6 +81,8 @@ class WeightCompression(nn.Module):
         log_scale: float32 `[rows, groups]` parameter, the logarithm of learned scales; else None.
         scale: float32 `[rows, groups]` buffer of searched scales; else None.
         zero: float32 `[rows, groups]` buffer of integer zero points; None if symmetric.
+        sparsity: the N:M that masks are chosen with now, None for dense: the spec's, but for gradual
+            masks on their way there.
         column_scale: float32 `[columns]` buffer, exact in float16, chosen at the start; None without
             column scales. Masks, scales and codes are those of the weight divided by it.
         importance: float32 `[columns]` buffer that weighs the inputs when masks are chosen and
@@ -98,6 +101,7 @@ class WeightCompression(nn.Module):
         super().__init__()
         self.spec = spec
         self.options = options
+        self.sparsity = spec.sparsity
         self.shape = weight.shape
         rows, columns = matrix_shape(weight.shape)
         device = weight.device
@@ -132,11 +136,13 @@ class WeightCompression(nn.Module):
     @torch.no_grad()
     def update_mask(self, weight: Tensor) -> int:
         """Keeps the N largest weights of every M; returns how many mask entries changed."""
-        if self.spec.sparsity is None:
+        if self.mask is None:
             return 0
-        assert self.mask is not None
-        scores = self.matrix(weight.detach()).float().abs() * self.importance.sqrt()
-        mask = nm_mask(scores, self.spec.sparsity)
+        if self.sparsity is None:
+            mask = torch.ones_like(self.mask)
+        else:
+            scores = self.matrix(weight.detach()).float().abs() * self.importance.sqrt()
+            mask = nm_mask(scores, self.sparsity)
         changed = int((mask != self.mask).sum())
         self.mask.copy_(mask)
         return changed
@@ -465,78 +471,6 @@ def dense_equivalent(student: nn.Module, teacher: nn.Module) -> nn.Module:
         if name in own:
             own[name].copy_(fake_quantized(compressed[name]) if name in compressed else value)
     return dense.eval()
-
-
-@torch.no_grad()
-def update_masks(student: nn.Module) -> float:
-    """Recomputes every mask from the present weights; returns the share of entries that changed."""
-    changed = total = 0
-    for _, layer in compressed_layers(student):
-        if layer.compression.mask is not None:
-            changed += layer.compression.update(layer.weight)
-            total += layer.weight.numel()
-    return changed / total if total else 0.0
-
-
-@torch.no_grad()
-def decay_pruned(student: nn.Module, rate: float) -> None:
-    """Shrinks pruned master weights by the factor 1 - rate (SR-STE's decay, decoupled)."""
-    for _, layer in compressed_layers(student):
-        mask = layer.compression.mask
-        if mask is not None:
-            matrix = to_matrix(layer.weight)
-            shrunk = torch.where(mask, matrix, matrix * (1.0 - rate))
-            layer.weight.copy_(from_matrix(shrunk, layer.weight.shape))
-
-
-class MaskUpdater:
-    """Moves a student's masks after optimizer steps. Made by `attach`.
-
-    Attributes:
-        steps: optimizer steps seen.
-        frozen: set it to stop all movement; masks then stay as they are.
-        churn: share of mask entries that the last update changed.
-    """
-
-    def __init__(self, student: nn.Module) -> None:
-        self.student = student
-        self.steps = 0
-        self.frozen = False
-        self.churn = 0.0
-        options = {layer.compression.options for _, layer in compressed_layers(student)}
-        self.options = next(iter(options)) if options else StudentOptions(masks="fixed")
-
-    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Decays pruned weights and updates the masks when they are due."""
-        self.steps += 1
-        if self.frozen or self.options.masks == "fixed":
-            return
-        if self.options.masks == "sr-ste":
-            rate = max(group["lr"] for group in optimizer.param_groups) * self.options.mask_decay
-            decay_pruned(self.student, rate)
-        if self.steps % self.options.mask_every == 0:
-            self.churn = update_masks(self.student)
-
-
-def attach(student: nn.Module, optimizer: torch.optim.Optimizer) -> MaskUpdater:
-    """Lets the student's masks follow this optimizer's steps, in any training loop.
-
-    Example:
-        student = make_student(...)
-        optimizer = torch.optim.AdamW(student.parameters(), lr=3e-4)
-        attach(student, optimizer)
-        # then loss.backward(); optimizer.step() as always
-
-    Returns:
-        The updater, whose `frozen` stops the masks for the last part of training.
-    """
-    updater = MaskUpdater(student)
-
-    def hook(done: torch.optim.Optimizer, args: object, kwargs: object) -> None:
-        updater.after_step(done)
-
-    optimizer.register_step_post_hook(hook)
-    return updater
 
 
 @torch.no_grad()
