@@ -32,6 +32,8 @@ SPECS = [
     LayerSpec(Int(3), None, 16),
     LayerSpec(Int(2, grid="midrise"), NM(2, 4), 32),
     LayerSpec(Int(2), NM(1, 4)),
+    LayerSpec(Int(2, grid="ternary")),
+    LayerSpec(Int(2, grid="ternary"), NM(2, 4), 16),
     LayerSpec(Int(1)),
     LayerSpec(Int(1, symmetric=False), NM(1, 2)),
     LayerSpec(Int(4, symmetric=False), NM(2, 4), 8),

@@ -85,8 +85,9 @@ class SpecRecipe:
     symmetric: bool = _key(True, "symmetric codes; otherwise each group stores a zero point")
     grid: str = _key(
         "integer",
-        "levels: 'integer' has a zero, 'midrise' lies around zero (good at 1 and 2 bits)",
-        choices=("integer", "midrise"),
+        "levels: 'integer' has a zero, 'midrise' lies around zero (good at 1 and 2 bits), 'ternary' is -1, 0 "
+        "and 1 times the scale (bits = 2)",
+        choices=("integer", "midrise", "ternary"),
     )
     embedding_bits: int = _key(
         0,

@@ -25,7 +25,9 @@ from usmlite.student import (
 @st.composite
 def ints(draw: st.DrawFn) -> Int:
     bits = draw(st.integers(1, 8))
-    kind = draw(st.sampled_from(["symmetric", "asymmetric", "midrise"]))
+    kind = draw(st.sampled_from(["symmetric", "asymmetric", "midrise", "ternary"]))
+    if kind == "ternary":
+        return Int(2, grid="ternary")
     return Int(bits, symmetric=kind != "asymmetric", grid="midrise" if kind == "midrise" else "integer")
 
 
