@@ -130,6 +130,20 @@ def test_the_best_student_by_dev_wer_is_kept(speech, tmp_path):
     assert json.loads((tmp_path / "best" / "state.json").read_text()) == {"step": 6, "dev_wer": 0.2}
 
 
+def test_learned_masks_have_a_rate_of_their_own(speech, tmp_path):
+    plan = recipe(8, masks="gumbel", mask_learning_rate=0.5)
+    student, _ = small_student(options=student_options(plan))
+    before = student_tensors(student)
+    groups = loop.make_optimizer(student, plan).param_groups
+    logits = {id(p) for name, p in student.named_parameters() if name.endswith("patterns.logits")}
+    assert [{id(p) for p in group["params"]} for group in groups if group["peak"] == 0.5] == [logits]
+    after = student_tensors(run(speech, tmp_path, plan)[0])
+    assert not torch.equal(
+        before["model.decoder.layers.0.fc1.compression.mask"],
+        after["model.decoder.layers.0.fc1.compression.mask"],
+    )
+
+
 def test_a_student_that_is_not_yet_sparse_is_not_the_best(speech, tmp_path):
     wers = iter([0.1, 0.4, 0.3, 0.35])  # 2:4 from step 6 of 12 on
     student, outcome = run(speech, tmp_path, recipe(12, masks="gradual"), dev_wer=lambda student: next(wers))

@@ -7,8 +7,15 @@ from usmlite.errors import ModelError, SpecError
 from usmlite.masks import attach, decay_pruned, update_masks
 from usmlite.pack import pack_layer
 from usmlite.schedule import kept_of
-from usmlite.spec import CompressionSpec
-from usmlite.student import StudentOptions, compressed_layers, make_student, to_matrix
+from usmlite.spec import NM, CompressionSpec, Int, LayerSpec
+from usmlite.student import (
+    StudentOptions,
+    WeightCompression,
+    compressed_layers,
+    fake_quantized,
+    make_student,
+    to_matrix,
+)
 
 
 @pytest.fixture
@@ -162,7 +169,63 @@ def test_gradual_masks_decay_what_is_pruned_if_asked(teacher, decay):
     assert torch.allclose(to_matrix(layer.weight), torch.where(mask, before, before * (1 - 0.1 * decay)))
 
 
-def test_gradual_masks_must_know_their_end(teacher):
-    student = student_of(teacher, masks="gradual")
+@pytest.mark.parametrize("masks", ["gradual", "gumbel"])
+def test_masks_on_a_schedule_must_know_their_end(teacher, masks):
+    student = student_of(teacher, masks=masks)
     with pytest.raises(SpecError, match="must know when they stop"):
         attach(student, torch.optim.SGD(student.parameters(), lr=1e-3))
+
+
+def test_learned_masks_are_drawn_until_they_are_frozen(teacher):
+    student = student_of(teacher, masks="gumbel", mask_every=100)
+    layer = student.get_submodule("model.encoder.layers.0.fc1")
+    compression, start = layer.compression, layer.compression.mask.clone()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0.1)
+    updater = attach(student, optimizer, moving=6)
+
+    def drawn() -> bool:
+        return not torch.equal(compression(layer.weight), compression(layer.weight))
+
+    churns = []
+    for number in range(8):
+        assert drawn() == (number < 6)
+        assert updater.frozen == (number >= 6)
+        settled = fake_quantized(layer)
+        assert torch.equal(settled, fake_quantized(layer))
+        student.eval()
+        assert torch.equal(compression(layer.weight), settled)
+        student.train()
+        assert torch.equal(compression.mask, start) == (number < 6)
+        step(student, optimizer)
+        churns.append(updater.churn)
+    assert [churn > 0 for churn in churns] == [False] * 5 + [True] * 3
+    assert torch.equal(compression.mask, compression.patterns.likeliest())
+    assert kept(student) == {2}
+    for name, packed in compressed_layers(student):
+        pack_layer(name, packed)
+
+
+@pytest.mark.parametrize("bits", [4, None])
+@pytest.mark.parametrize("scales", ["learned", "min-max"])
+def test_what_is_drawn_and_only_that_gets_gradients(bits, scales):
+    torch.manual_seed(4)
+    weight = nn.Parameter(torch.randn(6, 22))
+    spec = LayerSpec(None if bits is None else Int(bits), NM(2, 4))
+    compression = WeightCompression(weight, spec, StudentOptions(scales=scales, masks="gumbel"))
+    compression.progress = 0.0
+    out = compression(weight)
+    out.square().sum().backward()
+    assert compression.patterns.logits.grad.abs().sum() > 0
+    assert (weight.grad[out == 0] == 0).all()
+    assert (weight.grad[out != 0] != 0).float().mean() > 0.8  # but for clipped ones
+    # At no temperature the draw is the mask.
+    compression.progress = 5.0
+    assert torch.equal(compression(weight), compression(weight, settled=True))
+
+
+def test_learned_masks_that_do_not_train_are_not_drawn():
+    weight = nn.Parameter(torch.randn(6, 24))
+    compression = WeightCompression(weight, LayerSpec(Int(4), NM(2, 4)), StudentOptions(masks="gumbel"))
+    compression.progress = 0.0
+    compression.patterns.logits.requires_grad_(False)
+    assert torch.equal(compression(weight), compression(weight, settled=True))

@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from usmlite.schedule import kept_of, moving_steps, rate
+from usmlite.schedule import kept_of, moving_steps, rate, temperature
 
 
 def test_rate_rises_then_falls_to_the_final_share():
@@ -21,6 +21,10 @@ def test_a_run_of_one_step_has_a_rate():
 
 def test_masks_freeze_after_their_share():
     assert [moving_steps(10, freeze=share) for share in (0.0, 0.65, 0.7, 1.0)] == [0, 7, 7, 10]
+
+
+def test_the_temperature_falls():
+    assert [round(temperature(share), 3) for share in (0.0, 0.5, 1.0)] == [1.0, 0.224, 0.05]
 
 
 def test_gradual_masks_keep_all_first_and_n_last_in_equal_parts():

@@ -219,7 +219,8 @@ def _start(
         notes += solution.notes
         layer.weight.copy_(from_matrix(solution.master * scale, layer.weight.shape))
         if compression.mask is not None:
-            compression.mask.copy_(torch.ones(()) if solution.mask is None else solution.mask)
+            dense = torch.ones_like(compression.mask)
+            compression.set_mask(dense if solution.mask is None else solution.mask)
         if solution.scale is not None:
             compression.set_scales(solution.scale, solution.zero)
     else:

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -166,7 +166,7 @@ def autocast_precision(choice: str, device: torch.device) -> str:
 
 
 def make_optimizer(student: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW with groups for the weights, the learned scales and the token embedding.
+    """AdamW with groups for the weights, the learned scales, the token embedding and the learned masks.
 
     The embedding has a rate of its own because most of its rows are words that the speech never has: all
     they get is the noise of the softmax, which Adam would scale up to full steps.
@@ -179,10 +179,12 @@ def make_optimizer(student: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
         {"params": [], "peak": training.learning_rate, "weight_decay": training.weight_decay},
         {"params": [], "peak": training.scale_learning_rate, "weight_decay": 0.0},
         {"params": [], "peak": training.embedding_learning_rate, "weight_decay": 0.0},
+        {"params": [], "peak": training.mask_learning_rate, "weight_decay": 0.0},
     ]
+    endings = {"log_scale": 1, "logits": 3}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            group = 2 if id(parameter) in embedding else int(name.endswith("log_scale"))
+            group = 2 if id(parameter) in embedding else endings.get(name.rpartition(".")[2], 0)
             groups[group]["params"].append(parameter)
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=training.learning_rate, fused=True
@@ -244,7 +246,9 @@ def finetune(
         KeyboardInterrupt: after Ctrl-C; the step was finished and saved first.
     """
     training = recipe.training
-    accelerator = Accelerator()
+    # Learned masks take no part in the steps after they are frozen.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=recipe.student.masks == "gumbel")
+    accelerator = Accelerator(kwargs_handlers=[unused])
     device = accelerator.device
     # Not Accelerate's mixed precision: that is fixed for the life of the process, and bf16 needs no more.
     bf16 = autocast_precision(training.precision, device) == "bf16"
@@ -305,7 +309,7 @@ def finetune(
     with _finish_step_on_signal() as stop_asked:
         for step in range(first, training.steps):
             started = time.perf_counter()
-            torch.manual_seed(hash((training.seed, step)) % 2**63)  # dropout, if the model has any
+            torch.manual_seed(hash((training.seed, step)) % 2**63)  # what the student draws; dropout
             share = rate(step, training.steps, warmup=training.warmup, final=training.final_rate)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share

@@ -20,7 +20,7 @@ from usmlite.student import (
 )
 
 # Rules that go from one end to another, so that they must know where the end is.
-_SCHEDULED = ("gradual",)
+_SCHEDULED = ("gradual", "gumbel")
 _DECAYING = ("sr-ste", "gradual")
 
 
@@ -52,15 +52,15 @@ class MaskUpdater:
     Attributes:
         steps: optimizer steps seen; `at` sets it where a run goes on.
         moving: optimizer steps after which the masks stay as they are, None where a loop sets `frozen`.
-        frozen: set it to stop all movement; masks then stay as they are.
         churn: share of mask entries that the last update changed.
     """
 
     def __init__(self, student: torch.nn.Module, moving: int | None = None) -> None:
         self.student = student
         self.moving = moving
-        self.frozen = False
+        self.steps = 0
         self.churn = 0.0
+        self._frozen = False
         self._compressions = [layer.compression for _, layer in compressed_layers(student)]
         options = {compression.options for compression in self._compressions}
         self.options = next(iter(options)) if options else StudentOptions(masks="fixed")
@@ -75,14 +75,25 @@ class MaskUpdater:
         if self._sparsities() != before:
             update_masks(student)
 
+    @property
+    def frozen(self) -> bool:
+        """Whether all movement has stopped. Set it to stop it; masks then stay as they are."""
+        return self._frozen
+
+    @frozen.setter
+    def frozen(self, value: bool) -> None:
+        self._frozen = value
+        progress = self.steps / self.moving if self.moving else 0.0
+        for compression in self._compressions:
+            compression.progress = None if value else progress
+
     def at(self, step: int) -> None:
         """Takes up the state that belongs to this many steps; weights and masks are left alone."""
         self.steps = step
-        if self.moving is not None:
-            self.frozen = step >= self.moving
-            if self.options.masks == "gradual":
-                for compression in self._compressions:
-                    compression.sparsity = _sparsity_at(step, self.moving, compression)
+        self.frozen = self._frozen if self.moving is None else step >= self.moving
+        if self.moving is not None and self.options.masks == "gradual":
+            for compression in self._compressions:
+                compression.sparsity = _sparsity_at(step, self.moving, compression)
 
     @property
     def at_target(self) -> bool:
@@ -91,15 +102,18 @@ class MaskUpdater:
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Decays pruned weights and updates the masks when they are due."""
-        if self.frozen or self.options.masks == "fixed":
+        if self.frozen:
             self.steps += 1
             return
         before = self._sparsities()
         self.at(self.steps + 1)
+        if self.options.masks == "fixed":
+            return
         if self.options.masks in _DECAYING:
             rate = max(group["lr"] for group in optimizer.param_groups) * self.options.mask_decay
             decay_pruned(self.student, rate)
-        if self.steps % self.options.mask_every == 0 or self._sparsities() != before:
+        settling = self.options.masks == "gumbel" and self.frozen
+        if self.steps % self.options.mask_every == 0 or self._sparsities() != before or settling:
             self.churn = update_masks(self.student)
 
     def _sparsities(self) -> list[NM | None]:
@@ -129,14 +143,14 @@ def attach(
     Args:
         student: made by `make_student`.
         optimizer: trains it.
-        moving: optimizer steps after which the masks stay as they are. Gradual masks need it; other rules
-            move until somebody sets `frozen`.
+        moving: optimizer steps after which the masks stay as they are. Gradual and learned masks need it;
+            others move until somebody sets `frozen`.
 
     Returns:
         The updater, whose `frozen` stops the masks for the last part of training.
 
     Raises:
-        SpecError: gradual masks without `moving`.
+        SpecError: gradual or learned masks without `moving`.
     """
     updater = MaskUpdater(student, moving)
 

@@ -166,9 +166,10 @@ class StudentRecipe:
     )
     masks: str = _key(
         "sr-ste",
-        "masks: fixed, periodic, sr-ste (periodic, and pruned weights decay) or gradual (dense at first, "
-        "then N falls by one at a time to that of the spec, in equal parts until mask_freeze)",
-        choices=("fixed", "periodic", "sr-ste", "gradual"),
+        "masks: fixed, periodic, sr-ste (periodic, and pruned weights decay), gradual (dense at first, "
+        "then N falls by one at a time to that of the spec, in equal parts until mask_freeze) or gumbel "
+        "(learned: patterns are drawn at random until mask_freeze; at most 16 patterns a group)",
+        choices=("fixed", "periodic", "sr-ste", "gradual", "gumbel"),
     )
     mask_every: int = _key(5, "optimizer steps between mask updates; a large number is few-shot pruning")
     mask_decay: float = _key(
@@ -186,6 +187,9 @@ class TrainingRecipe:
     accumulate: int = _key(1, "batches whose gradients are added up for one step")
     learning_rate: float = _key(1e-4, "peak learning rate of the weights")
     scale_learning_rate: float = _key(1e-3, "peak learning rate of the learned scales' logarithms")
+    mask_learning_rate: float = _key(
+        0.02, "peak learning rate of learned masks' logits (gumbel); a mask starts 1.5 to 3 above the others"
+    )
     embedding_learning_rate: float = _key(
         0.0, "peak learning rate of the token embedding and its scales; 0 leaves them as they start"
     )
@@ -328,6 +332,7 @@ _LOWEST = {
     "training.states": 0.0,
     "training.weight_decay": 0.0,
     "training.scale_learning_rate": 0.0,
+    "training.mask_learning_rate": 0.0,
     "training.embedding_learning_rate": 0.0,
     "student.mask_decay": 0.0,
     "data.max_wer": 0.0,

@@ -26,6 +26,15 @@ def moving_steps(total: int, *, freeze: float) -> int:
     return math.ceil(freeze * total)
 
 
+def temperature(progress: float) -> float:
+    """The temperature at which learned masks are drawn, from 1 to 0.05: first a search, then a choice.
+
+    Args:
+        progress: the share of the steps in which masks move that is over.
+    """
+    return float(0.05**progress)
+
+
 def kept_of(step: int, moving: int, n: int, m: int) -> int:
     """How many of every M neighbours gradual masks keep: M, M - 1 and so on down to N, in equal parts.
 

@@ -19,13 +19,15 @@ from torch import Tensor, nn
 
 from usmlite import quantize as q
 from usmlite.errors import ModelError, SpecError
+from usmlite.patterns import LearnedPatterns
+from usmlite.schedule import temperature
 from usmlite.sparsify import nm_mask
 from usmlite.spec import CompressionSpec, LayerSpec, matrix_shape
 
 ScaleRule = Literal["min-max", "min-error", "learned"]
-MaskRule = Literal["fixed", "periodic", "sr-ste", "gradual"]
+MaskRule = Literal["fixed", "periodic", "sr-ste", "gradual", "gumbel"]
 SCALE_RULES: tuple[ScaleRule, ...] = ("min-max", "min-error", "learned")
-MASK_RULES: tuple[MaskRule, ...] = ("fixed", "periodic", "sr-ste", "gradual")
+MASK_RULES: tuple[MaskRule, ...] = ("fixed", "periodic", "sr-ste", "gradual", "gumbel")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class StudentOptions:
         masks: "fixed" once at the start; "periodic" recomputed every `mask_every` optimizer steps;
             "sr-ste" the same, and pruned weights decay towards zero (arXiv 2102.04010, with the
             decay in the optimizer step as arXiv 2302.01172 advises); "gradual" dense at first, then N
-            falls by one at a time to that of the spec (`schedule.kept_of`), pruned weights decay.
+            falls by one at a time to that of the spec (`schedule.kept_of`), pruned weights decay; "gumbel"
+            learned: drawn at random in every forward pass of training until they are frozen (`patterns`).
         mask_every: optimizer steps between mask updates.
         mask_decay: the decay of pruned weights, per unit of learning rate; 0 for none.
     """
@@ -83,6 +86,9 @@ class WeightCompression(nn.Module):
         zero: float32 `[rows, groups]` buffer of integer zero points; None if symmetric.
         sparsity: the N:M that masks are chosen with now, None for dense: the spec's, but for gradual
             masks on their way there.
+        progress: the share of the moving part of training that is over; None where that is over or has not
+            begun, and nothing is drawn at random.
+        patterns: the logits of learned masks; else None.
         column_scale: float32 `[columns]` buffer, exact in float16, chosen at the start; None without
             column scales. Masks, scales and codes are those of the weight divided by it.
         importance: float32 `[columns]` buffer that weighs the inputs when masks are chosen and
@@ -102,6 +108,7 @@ class WeightCompression(nn.Module):
         self.spec = spec
         self.options = options
         self.sparsity = spec.sparsity
+        self.progress: float | None = None
         self.shape = weight.shape
         rows, columns = matrix_shape(weight.shape)
         device = weight.device
@@ -112,6 +119,9 @@ class WeightCompression(nn.Module):
         ones = torch.ones(columns, device=device)
         self.register_buffer("importance", ones)
         self.register_buffer("column_scale", ones.clone() if spec.column_scales else None)
+        self.patterns: LearnedPatterns | None = None
+        if options.masks == "gumbel" and spec.sparsity is not None:
+            self.patterns = LearnedPatterns(rows, columns, spec.sparsity, device)
         self.log_scale: nn.Parameter | None = None
         quant = spec.quant
         if quant is not None:
@@ -130,22 +140,33 @@ class WeightCompression(nn.Module):
         """Chooses mask and scales afresh for this weight."""
         if self.column_scale is not None:
             self.column_scale.copy_(q.column_scales(to_matrix(weight.detach()).float()))
-        self.update_mask(weight)
+        if self.mask is not None:
+            self.set_mask(self._largest(weight))
         self._search_scales(weight)
 
     @torch.no_grad()
     def update_mask(self, weight: Tensor) -> int:
-        """Keeps the N largest weights of every M; returns how many mask entries changed."""
+        """Keeps the N largest weights of every M, or the likeliest; returns how many mask entries changed."""
         if self.mask is None:
             return 0
-        if self.sparsity is None:
-            mask = torch.ones_like(self.mask)
-        else:
-            scores = self.matrix(weight.detach()).float().abs() * self.importance.sqrt()
-            mask = nm_mask(scores, self.sparsity)
+        mask = self._largest(weight) if self.patterns is None else self.patterns.likeliest()
         changed = int((mask != self.mask).sum())
         self.mask.copy_(mask)
         return changed
+
+    def _largest(self, weight: Tensor) -> Tensor:
+        scores = self.matrix(weight.detach()).float().abs() * self.importance.sqrt()
+        if self.sparsity is None:
+            return torch.ones_like(scores, dtype=torch.bool)
+        return nm_mask(scores, self.sparsity)
+
+    @torch.no_grad()
+    def set_mask(self, mask: Tensor) -> None:
+        """Takes a given mask, bool `[rows, columns]`, as the present one; learned patterns start from it."""
+        assert self.mask is not None
+        self.mask.copy_(mask)
+        if self.patterns is not None:
+            self.patterns.start(mask)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The weight as `[rows, columns]`, divided by its column scales: what is pruned and quantized."""
@@ -199,12 +220,13 @@ class WeightCompression(nn.Module):
             return self.scale, self.zero
         return q.min_max(self._pruned(weight), quant, self.spec.group)
 
-    def forward(self, weight: Tensor, rows: Tensor | None = None) -> Tensor:
-        """The weight as the packed model will have it.
+    def forward(self, weight: Tensor, rows: Tensor | None = None, *, settled: bool = False) -> Tensor:
+        """The weight as the packed model will have it, or as it is drawn while masks are learned.
 
         Args:
             weight: the master weight; with `rows`, only those rows of it, gathered.
             rows: int64 `[count]`, which rows of the full weight these are (embedding look-ups).
+            settled: draw nothing at random, as in evaluation.
 
         Returns:
             A tensor of the weight's shape, in the autocast dtype if autocast is on.
@@ -216,10 +238,16 @@ class WeightCompression(nn.Module):
         def select(values: Tensor | None) -> Tensor | None:
             return values if values is None or rows is None else values[rows]
 
-        matrix, mask, quant = self.matrix(weight), select(self.mask), self.spec.quant
+        progress = self.progress if self.training and not settled else None
+        matrix, mask, quant, drawn = self.matrix(weight), select(self.mask), self.spec.quant, None
+        # Patterns that do not learn would be noise.
+        if self.patterns is not None and progress is not None and self.patterns.logits.requires_grad:
+            drawn = self.patterns.draw(temperature(progress), rows)
+            mask = drawn > 0
         if quant is None:
             out = _round_to_half(matrix)
-            out = out if mask is None else _mask_straight_through(out, mask)
+            if mask is not None:
+                out = _mask_straight_through(out, mask) if drawn is None else out * drawn
             out = out.to(dtype)
         else:
             log_scale, scale, zero = select(self.log_scale), None, None
@@ -230,7 +258,11 @@ class WeightCompression(nn.Module):
                 scale, zero = select(self.scale), select(self.zero)
             # Column scales multiply last, in float32, as a reader of the packed model does it.
             inner = dtype if self.column_scale is None else torch.float32
-            out = _fake_quantize(matrix, log_scale, scale, mask, zero, quant, self.spec.group, inner)
+            # A drawn mask is a factor, so that it gets a gradient; weights that it prunes get none.
+            fixed = mask if drawn is None else None
+            out = _fake_quantize(matrix, log_scale, scale, fixed, zero, quant, self.spec.group, inner)
+            if drawn is not None:
+                out = out * drawn.to(inner)
             if self.column_scale is not None:
                 out = (out * self.column_scale).to(dtype)
         return from_matrix(out, weight.shape)
@@ -448,7 +480,7 @@ def compressed_layers(student: nn.Module) -> Iterator[tuple[str, CompressedLayer
 def fake_quantized(layer: CompressedLayer) -> Tensor:
     """The weight that the packed model will hold, float32, of the layer's weight's shape."""
     with torch.no_grad(), torch.autocast(layer.weight.device.type, enabled=False):
-        return cast(Tensor, layer.compression(layer.weight))
+        return cast(Tensor, layer.compression(layer.weight, settled=True))
 
 
 @torch.no_grad()
@@ -480,9 +512,9 @@ def round_kept(student: nn.Module) -> None:
     Called once when training ends, so that the student that is evaluated equals what ships.
     """
     compressed = {id(layer.weight) for _, layer in compressed_layers(student)}
-    scales = {id(layer.compression.log_scale) for _, layer in compressed_layers(student)}
+    own = {id(p) for _, layer in compressed_layers(student) for p in layer.compression.parameters()}
     for parameter in student.parameters():
-        if id(parameter) not in compressed and id(parameter) not in scales:
+        if id(parameter) not in compressed and id(parameter) not in own:
             parameter.copy_(parameter.clamp(-q.MAX_SCALE, q.MAX_SCALE).half())
 
 
