@@ -1,7 +1,9 @@
 import copy
+import math
 
 import pytest
 import torch
+from torch import nn
 from transformers import WhisperForConditionalGeneration
 
 from small_whisper import small_teacher
@@ -9,6 +11,7 @@ from usmlite.errors import ModelError, SpecError
 from usmlite.masks import attach
 from usmlite.spec import NM, CompressionSpec, Int, LayerSpec, Rule
 from usmlite.student import (
+    SCALE_RULES,
     StudentOptions,
     WeightCompression,
     compressed_layers,
@@ -57,7 +60,7 @@ def test_matrix_of_a_convolution_has_input_channels_as_neighbours():
     assert torch.equal(from_matrix(matrix, weight.shape), weight)
 
 
-@pytest.mark.parametrize("scales", ["min-max", "min-error", "learned"])
+@pytest.mark.parametrize("scales", SCALE_RULES)
 @pytest.mark.parametrize("bits", [None, 1, 2, 4, 8])
 def test_every_covered_weight_is_pruned_then_quantized(teacher, scales, bits):
     student = student_of(teacher, CompressionSpec.simple(bits, "2:4"), scales=scales)
@@ -181,3 +184,106 @@ def test_autocast_gives_the_same_weight_in_bf16(teacher):
         weight = layer.compression(layer.weight)
     assert weight.dtype == torch.bfloat16
     assert torch.equal(weight, fake_quantized(layer).bfloat16())
+
+
+@pytest.mark.parametrize("quant", [Int(2, grid="midrise"), Int(2, grid="ternary"), Int(1)], ids=str)
+def test_learned_scales_of_few_levels_start_at_the_least_error_and_learn(quant):
+    torch.manual_seed(5)
+    weight = torch.randn(16, 64)
+    compression = WeightCompression(weight, LayerSpec(quant, NM(2, 4)), StudentOptions(masks="fixed"))
+    levels = compression(weight)
+    assert all(len(row[mask].unique()) <= quant.max_code + 1
+               for row, mask in zip(levels, compression.mask, strict=True))  # fmt: skip
+    if quant.grid == "midrise":
+        assert (levels[compression.mask] != 0).all()
+    pruned = torch.where(compression.mask, weight, torch.zeros(()))
+    start = (levels - pruned).square().sum()
+    for factor in (0.9, 1.1):
+        other = copy.deepcopy(compression)
+        other.log_scale.data.add_(math.log(factor))
+        assert (other(weight) - pruned).square().sum() > start
+    # Towards another weight, only the scales move.
+    target, optimizer = 1.5 * pruned, torch.optim.Adam([compression.log_scale], lr=0.02)
+    for _ in range(60):
+        loss = (compression(weight) - target).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert (compression(weight) - target).square().sum() < (levels - target).square().sum()
+
+
+def rand_of(weight, **choices):
+    spec = LayerSpec(Int(4), **choices)
+    return WeightCompression(weight, spec, StudentOptions(scales="rand", masks="fixed"))
+
+
+@pytest.mark.parametrize("group", [None, 8])
+def test_rand_charges_rounding_to_the_largest_weight(group):
+    torch.manual_seed(6)
+    weight = nn.Parameter(torch.randn(5, 32))
+    compression = rand_of(weight, group=group)
+    out = compression(weight)
+    upstream = torch.randn(5, 32)
+    out.backward(upstream)
+    size = group or 32
+    grouped = weight.detach().reshape(5, -1, size)
+    largest = grouped.abs().argmax(dim=-1, keepdim=True)
+    scale = compression.scales(weight)[0].unsqueeze(-1)
+    slope = (grouped / scale).round() - grouped / scale
+    charge = (slope * upstream.reshape(5, -1, size)).sum(dim=-1, keepdim=True) / 7
+    expected = upstream.reshape(5, -1, size).clone()
+    expected.scatter_add_(-1, largest, charge * grouped.gather(-1, largest).sign())
+    assert torch.allclose(weight.grad, expected.reshape(5, 32), atol=1e-4)
+    assert torch.equal(out, fake_quantized_alone(weight, group))
+
+
+def fake_quantized_alone(weight, group):
+    plain = WeightCompression(weight, LayerSpec(Int(4), group=group), StudentOptions(scales="min-max"))
+    return plain(weight)
+
+
+@pytest.mark.parametrize("sparsity", [None, NM(2, 4)])
+@pytest.mark.parametrize("masks", ["fixed", "gumbel"])
+def test_rand_adds_noise_of_one_step_while_masks_move(sparsity, masks):
+    torch.manual_seed(7)
+    weight = nn.Parameter(torch.randn(8, 40))
+    spec = LayerSpec(Int(4, symmetric=masks == "fixed"), sparsity, 8)
+    compression = WeightCompression(weight, spec, StudentOptions(scales="rand", masks=masks))
+    settled = compression(weight)
+    assert torch.equal(settled, compression(weight))
+    compression.progress = 0.0
+    noisy = compression(weight)
+    assert not torch.equal(noisy, compression(weight))
+    assert torch.equal(compression(weight, settled=True), settled)
+    kept = noisy != 0
+    if sparsity is not None:
+        assert (kept.reshape(8, -1, 4).sum(-1) == 2).all()
+    step = compression.scales(weight)[0].repeat_interleave(8, dim=1)
+    if masks == "fixed":
+        assert ((noisy - weight).abs() <= 0.51 * step)[kept].all()
+    noisy.square().sum().backward()
+    assert weight.grad.isfinite().all()
+    compression.eval()
+    assert torch.equal(compression(weight), settled)
+
+
+def test_the_norm_decays_where_noise_hurts():
+    # One weight far from the others makes the steps of all of them large.
+    torch.manual_seed(8)
+    start = torch.randn(4, 64)
+    start[:, 0] = 20.0
+    found = {}
+    for scales in ("min-max", "rand"):
+        weight = nn.Parameter(start.clone())
+        spec, options = LayerSpec(Int(3)), StudentOptions(scales=scales, masks="fixed")
+        compression = WeightCompression(weight, spec, options)
+        optimizer = torch.optim.SGD([weight], lr=0.02)
+        for _ in range(200):
+            loss = (compression(weight) - start)[:, 1:].square().sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        found[scales] = weight[:, 0].detach(), loss.item()
+    assert (found["min-max"][0] == 20.0).all()
+    assert (found["rand"][0] < 10.0).all()
+    assert found["rand"][1] < 0.5 * found["min-max"][1]

@@ -213,7 +213,7 @@ def _start(
             spec,
             damping=problem.damping,
             importance=compression.importance,
-            covering=compression.options.scales == "min-max",
+            covering=compression.options.covering,
         )
         used = solution.damping
         notes += solution.notes

@@ -81,17 +81,38 @@ def min_max(weight: Tensor, quant: Int, group: int | None) -> tuple[Tensor, Tens
         scale: float32 `[rows, groups]`, rounded as float16.
         zero: integer-valued float32 `[rows, groups]` if asymmetric, else None.
     """
+    scale = round_scale(_covering(weight, quant, group))
     if quant.symmetric:
-        peak = _grouped(weight, group, 0.0).abs().amax(dim=-1)
+        return scale, None
+    low = _grouped(weight, group, 0.0).amin(dim=-1).clamp(max=0.0)
+    return scale, (-low / scale).round().clamp(0, quant.max_code)
+
+
+def _covering(weight: Tensor, quant: Int, group: int | None) -> Tensor:
+    """The min-max scales before they are rounded."""
+    grouped = _grouped(weight, group, 0.0)
+    if quant.symmetric:
         # The integer grid reaches one step further below zero than above: cover the lesser side.
         reach = quant.zero if quant.grid == "midrise" else quant.max_code - quant.zero
-        return round_scale(peak / reach), None
-    grouped = _grouped(weight, group, 0.0)
+        return grouped.abs().amax(dim=-1) / reach
     # Zero must be a level: pruned weights and padding are zeros.
-    low, high = grouped.amin(dim=-1).clamp(max=0.0), grouped.amax(dim=-1).clamp(min=0.0)
-    scale = round_scale((high - low) / quant.max_code)
-    zero = (-low / scale).round().clamp(0, quant.max_code)
-    return scale, zero
+    return (grouped.amax(dim=-1).clamp(min=0.0) - grouped.amin(dim=-1).clamp(max=0.0)) / quant.max_code
+
+
+def following(scale: Tensor, weight: Tensor, quant: Int, group: int | None) -> Tensor:
+    """Min-max scales with a gradient to the weights that they are computed from: each group's largest.
+
+    Args:
+        scale: float32 `[rows, groups]`, as `min_max` gives it.
+        weight: float32 `[rows, columns]`, already pruned, with a gradient.
+        quant: the codes.
+        group: inputs per scale, or None.
+
+    Returns:
+        The same scales; what they add to the gradient takes the rounding to float16 as no rounding.
+    """
+    exact = _covering(weight, quant, group)
+    return scale + (exact - exact.detach())
 
 
 def min_error(
@@ -189,12 +210,13 @@ def fake_quantize(
 
 
 class FakeQuantize(torch.autograd.Function):
-    """`fake_quantize` with gradients to the master weight and, if learned, to the log of the scale.
+    """`fake_quantize` with gradients to the master weight and to the scale, or to its log if that is learned.
 
     The weight's gradient passes straight through, also to pruned weights (a mask can only move if
     they learn), and stops where a kept weight is clipped, because moving it changes nothing. The
-    scale's gradient is that of learned step size quantization (LSQ, arXiv 1902.08153), times the
-    scale, because the parameter is the scale's logarithm: Adam's steps are then relative.
+    scale's gradient is that of learned step size quantization (LSQ, arXiv 1902.08153). That of a learned
+    scale is multiplied by it, because the parameter is the scale's logarithm: Adam's steps are then
+    relative.
     """
 
     @staticmethod
@@ -238,7 +260,7 @@ class FakeQuantize(torch.autograd.Function):
         quant: Int = ctx.quant
         rows, columns = weight.shape
         grad_weight = torch.empty_like(weight)
-        grad_scale = torch.empty_like(scale) if ctx.learned else None
+        grad_scale = torch.empty_like(scale) if ctx.learned or ctx.needs_input_grad[2] else None
         for low, high in _blocks(rows, columns, weight.device):
             block = grad_weight[low:high]
             block.copy_(grad[low:high])
@@ -259,11 +281,12 @@ class FakeQuantize(torch.autograd.Function):
             if mask is not None:
                 clipped &= mask[low:high]
             block.masked_fill_(clipped, 0.0)
-        if grad_scale is not None:
+        if grad_scale is not None and ctx.learned:
             kept = columns if mask is None else max(1, int(mask[0].sum()))
             per_group = kept if ctx.group is None else max(1, kept * ctx.group // columns)
             grad_scale.mul_(scale).mul_(1.0 / math.sqrt(per_group * quant.max_code))
-        return grad_weight, grad_scale, None, None, None, None, None, None
+        to_log, to_scale = (grad_scale, None) if ctx.learned else (None, grad_scale)
+        return grad_weight, to_log, to_scale, None, None, None, None, None
 
 
 def _blocks(rows: int, columns: int, device: torch.device) -> list[tuple[int, int]]:

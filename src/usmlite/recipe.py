@@ -161,8 +161,9 @@ class StudentRecipe:
     )
     scales: str = _key(
         "learned",
-        "scales: min-max, min-error (searched clip) or learned (LSQ)",
-        choices=("min-max", "min-error", "learned"),
+        "scales: min-max, min-error (searched clip), learned (LSQ) or rand (min-max with a gradient to the "
+        "largest weights, and noise instead of rounding until mask_freeze)",
+        choices=("min-max", "min-error", "learned", "rand"),
     )
     masks: str = _key(
         "sr-ste",

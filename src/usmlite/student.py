@@ -24,9 +24,9 @@ from usmlite.schedule import temperature
 from usmlite.sparsify import nm_mask
 from usmlite.spec import CompressionSpec, LayerSpec, matrix_shape
 
-ScaleRule = Literal["min-max", "min-error", "learned"]
+ScaleRule = Literal["min-max", "min-error", "learned", "rand"]
 MaskRule = Literal["fixed", "periodic", "sr-ste", "gradual", "gumbel"]
-SCALE_RULES: tuple[ScaleRule, ...] = ("min-max", "min-error", "learned")
+SCALE_RULES: tuple[ScaleRule, ...] = ("min-max", "min-error", "learned", "rand")
 MASK_RULES: tuple[MaskRule, ...] = ("fixed", "periodic", "sr-ste", "gradual", "gumbel")
 
 
@@ -37,7 +37,10 @@ class StudentOptions:
     Attributes:
         scales: "min-max" follows the largest pruned weight in every forward pass; "min-error"
             searches the clip with the least squared error at the start and at every mask update;
-            "learned" starts from min-error and is then trained (LSQ).
+            "learned" starts from min-error and is then trained (LSQ); "rand" is min-max with a gradient
+            through the scale: what rounding costs everywhere in a group is charged to its largest weight,
+            which decays where that is too much (robustness-aware norm decay, arXiv 2305.15536). Until masks
+            are frozen the student is given uniform noise, one step wide, instead of rounding.
         masks: "fixed" once at the start; "periodic" recomputed every `mask_every` optimizer steps;
             "sr-ste" the same, and pruned weights decay towards zero (arXiv 2102.04010, with the
             decay in the optimizer step as arXiv 2302.01172 advises); "gradual" dense at first, then N
@@ -51,6 +54,11 @@ class StudentOptions:
     masks: MaskRule = "sr-ste"
     mask_every: int = 1
     mask_decay: float = 2.0
+
+    @property
+    def covering(self) -> bool:
+        """Whether scales always follow the largest weights, so that nothing is clipped and none is stored."""
+        return self.scales in ("min-max", "rand")
 
     def __post_init__(self) -> None:
         for name, value, known in (("scales", self.scales, SCALE_RULES), ("masks", self.masks, MASK_RULES)):
@@ -130,7 +138,7 @@ class WeightCompression(nn.Module):
                 self.log_scale = nn.Parameter(torch.zeros(rows, groups, device=device))
             elif options.scales == "min-error":
                 self.scale = torch.ones(rows, groups, device=device)
-            if not quant.symmetric and options.scales != "min-max":
+            if not quant.symmetric and not options.covering:
                 self.zero = torch.zeros(rows, groups, device=device)
         if start:
             self.start(weight)
@@ -180,7 +188,7 @@ class WeightCompression(nn.Module):
     @torch.no_grad()
     def _search_scales(self, weight: Tensor) -> None:
         quant = self.spec.quant
-        if quant is None or self.options.scales == "min-max":
+        if quant is None or self.options.covering:
             return
         uniform = bool((self.importance == self.importance[0]).all())
         scale, zero = q.min_error(
@@ -221,7 +229,7 @@ class WeightCompression(nn.Module):
         return q.min_max(self._pruned(weight), quant, self.spec.group)
 
     def forward(self, weight: Tensor, rows: Tensor | None = None, *, settled: bool = False) -> Tensor:
-        """The weight as the packed model will have it, or as it is drawn while masks are learned.
+        """The weight as the packed model will have it; while masks are learned or noise is added, as drawn.
 
         Args:
             weight: the master weight; with `rows`, only those rows of it, gathered.
@@ -254,13 +262,24 @@ class WeightCompression(nn.Module):
             if self.log_scale is None and self.scale is None:
                 pruned = matrix.detach() if mask is None else matrix.detach().masked_fill(~mask, 0.0)
                 scale, zero = q.min_max(pruned, quant, self.spec.group)
+                if self.options.scales == "rand" and weight.requires_grad:
+                    pruned = matrix if mask is None else matrix.masked_fill(~mask, 0.0)
+                    scale = q.following(scale, pruned, quant, self.spec.group)
             else:
                 scale, zero = select(self.scale), select(self.zero)
             # Column scales multiply last, in float32, as a reader of the packed model does it.
             inner = dtype if self.column_scale is None else torch.float32
             # A drawn mask is a factor, so that it gets a gradient; weights that it prunes get none.
             fixed = mask if drawn is None else None
-            out = _fake_quantize(matrix, log_scale, scale, fixed, zero, quant, self.spec.group, inner)
+            # What does not train would be made no more robust by noise.
+            if self.options.scales == "rand" and progress is not None and weight.requires_grad:
+                assert scale is not None
+                noise = torch.rand_like(matrix).sub_(0.5)
+                out = matrix + noise * q.spread(scale, matrix.shape[1], self.spec.group)
+                out = out if fixed is None else _mask_straight_through(out, fixed)
+                out = out.to(inner)
+            else:
+                out = _fake_quantize(matrix, log_scale, scale, fixed, zero, quant, self.spec.group, inner)
             if drawn is not None:
                 out = out * drawn.to(inner)
             if self.column_scale is not None:
