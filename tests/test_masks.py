@@ -180,7 +180,11 @@ def test_learned_masks_are_drawn_until_they_are_frozen(teacher):
     student = student_of(teacher, masks="gumbel", mask_every=100)
     layer = student.get_submodule("model.encoder.layers.0.fc1")
     compression, start = layer.compression, layer.compression.mask.clone()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=0.1)
+    groups = [
+        {"params": [p for n, p in student.named_parameters() if n.endswith("logits") == learned], "lr": lr}
+        for learned, lr in ((True, 1.0), (False, 1e-3))
+    ]
+    optimizer = torch.optim.AdamW(groups)
     updater = attach(student, optimizer, moving=6)
 
     def drawn() -> bool:

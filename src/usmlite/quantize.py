@@ -209,6 +209,17 @@ def fake_quantize(
     return out if mask is None else torch.where(mask, out, torch.zeros_like(out))
 
 
+def add_noise(weight: Tensor, scale: Tensor, group: int | None) -> Tensor:
+    """The weight with uniform noise from -1/2 to 1/2 of a step, which stands in for rounding.
+
+    Args:
+        weight: float32 `[rows, columns]`.
+        scale: float32 `[rows, groups]`.
+        group: inputs per scale, or None.
+    """
+    return weight + torch.rand_like(weight).sub_(0.5) * spread(scale, weight.shape[1], group)
+
+
 class FakeQuantize(torch.autograd.Function):
     """`fake_quantize` with gradients to the master weight and to the scale, or to its log if that is learned.
 

@@ -274,10 +274,8 @@ class WeightCompression(nn.Module):
             # What does not train would be made no more robust by noise.
             if self.options.scales == "rand" and progress is not None and weight.requires_grad:
                 assert scale is not None
-                noise = torch.rand_like(matrix).sub_(0.5)
-                out = matrix + noise * q.spread(scale, matrix.shape[1], self.spec.group)
+                out = q.add_noise(matrix, scale, self.spec.group).to(inner)
                 out = out if fixed is None else _mask_straight_through(out, fixed)
-                out = out.to(inner)
             else:
                 out = _fake_quantize(matrix, log_scale, scale, fixed, zero, quant, self.spec.group, inner)
             if drawn is not None:
