@@ -38,3 +38,18 @@ def test_spec_augment_masks_a_copy_and_repeats_with_its_generator() -> None:
     assert torch.equal(one, two)
     changed = (one != features).float().mean().item()
     assert 0.0 < changed < 0.6
+
+
+def test_words_are_swapped_for_others_of_the_batch_and_nothing_else() -> None:
+    tokens = torch.arange(1000).reshape(2, 500)
+    words = torch.ones(2, 500, dtype=torch.bool)
+    words[:, :10] = words[1, 400:] = False
+    before = tokens.clone()
+    one = augment.swap_words(tokens, words, 0.25, torch.Generator().manual_seed(1))
+    assert torch.equal(tokens, before)
+    assert torch.equal(one, augment.swap_words(tokens, words, 0.25, torch.Generator().manual_seed(1)))
+    assert torch.equal(one[~words], tokens[~words])
+    assert 0.2 < (one != tokens)[words].float().mean().item() < 0.3
+    assert set(one.flatten().tolist()) <= set(tokens[words].tolist()) | set(tokens[~words].tolist())
+    assert torch.equal(augment.swap_words(tokens, words, 0.0, torch.Generator()), tokens)
+    assert torch.equal(augment.swap_words(tokens, ~words & False, 1.0, torch.Generator()), tokens)

@@ -76,3 +76,44 @@ def test_a_student_equal_to_its_teacher_has_no_divergence():
     out = Distillation(small_teacher()[0], teacher, LossWeights())(**inputs(adapter, teacher))
     assert out["kl"].item() == pytest.approx(0.0, abs=1e-6)
     assert out["states"].item() == 0.0
+
+
+def test_layers_and_attention_equal_what_the_model_itself_reports():
+    teacher, adapter = small_teacher(encoder_layers=2, decoder_layers=2)
+    student, _ = small_student(encoder_layers=2, decoder_layers=2)
+    batch = inputs(adapter, teacher)
+    places = {"layers": adapter.layers(), "attentions": adapter.attentions()}
+    weights = LossWeights(0.0, 0.0, 0.0, layers=0.5, attention=2.0)
+    out = Distillation(student, teacher, weights, **places)(**batch)
+
+    scored = batch["labels"] != IGNORED
+    found = []
+    for model in (student, teacher):
+        model.set_attn_implementation("eager")
+        whole = model.model(
+            input_features=batch["heard"], decoder_input_ids=batch["decoder_input_ids"],
+            output_attentions=True, output_hidden_states=True,
+        )  # fmt: skip
+        found.append(whole)
+    ours, theirs = found
+    distances = []
+    # The last of the hidden states is after the final norm, which is no layer's output.
+    for side in ("encoder", "decoder"):
+        pairs = zip(ours[f"{side}_hidden_states"][1:-1], theirs[f"{side}_hidden_states"][1:-1], strict=True)
+        for a, b in pairs:
+            a, b = (x[scored] if side == "decoder" else x.flatten(0, 1) for x in (a, b))
+            size = b.square().mean(0)
+            distances.append(((a - b).square().mean(0) / size.clamp(min=0.01 * size.mean())).mean().item())
+    divergences = [
+        (b * (b.log() - a.log())).sum(-1).transpose(1, 2)[scored].mean().item()
+        for a, b in zip(ours.cross_attentions, theirs.cross_attentions, strict=True)
+    ]
+    assert len(divergences) == len(adapter.attentions()) > 0
+    assert out["attention"].item() == pytest.approx(sum(divergences) / len(divergences), rel=0.02)
+    own = [name for name in adapter.layers() if not name.endswith(".1")]
+    few = Distillation(student, teacher, weights, layers=own)(**batch)
+    assert few["layers"].item() == pytest.approx(sum(distances) / len(distances), rel=1e-4)
+    expected = 0.5 * out["layers"].item() + 2.0 * out["attention"].item()
+    assert out["loss"].item() == pytest.approx(expected, rel=1e-5)
+    out["loss"].backward()
+    assert student.get_parameter("model.encoder.layers.0.fc1.weight").grad.abs().max() > 0

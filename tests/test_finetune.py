@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -79,10 +80,17 @@ def test_the_loss_falls_and_everything_is_logged(speech, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "choice", [{"spec_augment": True}, {"scales": "rand"}, *({"masks": masks} for masks in MASK_RULES)]
+    "choice",
+    [
+        {"spec_augment": True, "average": 0.9, "layers": 1.0, "attention": 1.0},
+        {"scales": "rand"},
+        *({"masks": masks} for masks in MASK_RULES),
+    ],
 )
 def test_a_run_cut_off_anywhere_ends_like_one_that_was_not(speech, tmp_path, choice):
     plan = recipe(6, accumulate=2, **choice)
+    if "spec_augment" in choice:
+        plan = replace(plan, data=replace(plan.data, swapped=0.3))
     whole, _ = run(speech, tmp_path / "whole", plan)
 
     class Killed(BaseException):

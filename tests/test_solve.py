@@ -8,7 +8,7 @@ from torch import Tensor
 
 from correlated import correlated, output_error
 from usmlite import quantize as q
-from usmlite.solve import _plan, _walk, solve
+from usmlite.solve import _plan, _walk, drafts, solve
 from usmlite.sparsify import nm_mask
 from usmlite.spec import NM, Int, LayerSpec
 
@@ -59,3 +59,24 @@ def test_uncorrelated_equal_inputs_leave_nothing_to_compensate() -> None:
     assert solution.scale is not None
     assert torch.allclose(solution.scale, scale, rtol=0.1)
     assert (solution.values - weight).square().sum() <= (plain - weight).square().sum()
+
+
+def test_drafts_are_close_to_solutions() -> None:
+    torch.manual_seed(5)
+    weight, inputs = torch.randn(24, 160), correlated(600, 160)
+    hessian = inputs.T @ inputs / len(inputs)
+    quants = (Int(8), Int(4), Int(3), Int(2, grid="midrise"))
+    specs = [
+        LayerSpec(quant, nm, group) for quant in quants for nm in (None, NM(2, 4)) for group in (None, 32)
+    ]
+    specs.append(LayerSpec(None, NM(1, 4)))
+    for spec, draft in zip(specs, drafts(weight, hessian, specs), strict=True):
+        best = output_error(weight, solve(weight, hessian, spec).values, inputs)
+        # A second walk moves masks too, as it has other scales.
+        most = 1.25 if spec.sparsity is None else 1.5
+        assert best <= output_error(weight, draft.values, inputs) * 1.001 <= most * best, str(spec)
+        if spec.sparsity is not None:
+            assert draft.mask is not None
+            assert torch.equal(draft.mask, draft.values != 0) or spec.quant is not None
+            groups = draft.mask.reshape(24, -1, spec.sparsity.m)
+            assert (groups.sum(-1) == spec.sparsity.n).all()

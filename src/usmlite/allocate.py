@@ -11,7 +11,7 @@ sum is least within the budget: a multiple-choice knapsack, solved by dynamic pr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from usmlite import entropy
 from usmlite import quantize as q
 from usmlite.errors import SpecError
+from usmlite.models import IGNORED
 from usmlite.moments import Moments, collect_moments
-from usmlite.solve import DAMPING, Problem, Solution, corrected_bias, relative_error, solve
+from usmlite.solve import DAMPING, Problem, Solution, corrected_bias, drafts, relative_error
 from usmlite.spec import NM, Int, LayerSpec, Rule
 from usmlite.student import from_matrix, to_matrix
 
@@ -46,7 +47,6 @@ _LOSS_BATCHES = 2
 _STEPS = 20_000
 # Below this a probe's error says nothing.
 _LEAST_ERROR = 1e-9
-_IGNORED = -100
 TABLES = ("embedding", "positions")
 
 
@@ -253,20 +253,21 @@ def choose(weights: Sequence[WeightAllocation], budget: int) -> Allocation:
 
 @torch.no_grad()
 def _measured(
-    module: nn.Module, moments: Moments, specs: Iterable[LayerSpec], sensitivity: float, coded: bool
+    module: nn.Module, moments: Moments, specs: Sequence[LayerSpec], sensitivity: float, coded: bool
 ) -> tuple[Candidate, ...]:
     """The candidates of one weight, from few bytes to many, without those that another one beats."""
     problems = {flag: _problem(module, moments, column_scales=flag) for flag in (False, True)}
     rows, columns = problems[False].matrix.shape
     sample = torch.linspace(0, rows - 1, min(rows, _SAMPLE_ROWS)).round().long()
     found = []
-    for spec in specs:
-        problem = problems[spec.column_scales]
+    for flag, problem in problems.items():
+        mine = [spec for spec in specs if spec.column_scales == flag]
         matrix = problem.matrix[sample]
-        solution = solve(matrix, problem.hessian, spec, damping=problem.damping)
-        error = relative_error(matrix, solution.values, problem.cost)
-        size = _coded_bytes(solution, spec, rows, columns) if coded else spec.bytes(rows, columns)
-        found.append(Candidate(spec, size, error, sensitivity * error))
+        solutions = drafts(matrix, problem.hessian, mine, damping=problem.damping)
+        for spec, solution in zip(mine, solutions, strict=True):
+            error = relative_error(matrix, solution.values, problem.cost)
+            size = _coded_bytes(solution, spec, rows, columns) if coded else spec.bytes(rows, columns)
+            found.append(Candidate(spec, size, error, sensitivity * error))
     found.sort(key=lambda candidate: (candidate.bytes, candidate.loss))
     kept: list[Candidate] = []
     for candidate in found:
@@ -331,7 +332,7 @@ def _log_probabilities(model: nn.Module, batch: Mapping[str, Tensor], autocast: 
     """Of the words at the scored positions, float32 `[positions, vocabulary]`."""
     device = next(model.parameters()).device
     inputs = {name: value.to(device) for name, value in batch.items()}
-    scored = inputs.pop("labels") != _IGNORED
+    scored = inputs.pop("labels") != IGNORED
     with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         logits = cast(Tensor, model(**inputs, use_cache=False).logits)[scored]
     return logits.float().log_softmax(dim=-1)

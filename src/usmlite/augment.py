@@ -1,4 +1,4 @@
-"""Changes of the speech that the student trains on: noise, level, and holes in its spectrum.
+"""Changes of what the student trains on: noise and holes in the speech, wrong words in the text before.
 
 Changes of speed are made where audio is read (`audio.load_audio`): they change how much fits a window.
 """
@@ -59,4 +59,27 @@ def spec_augment(features: Tensor, generator: torch.Generator) -> Tensor:
                 width = int(torch.randint(0, widest + 1, (), generator=generator))
                 start = int(torch.randint(0, (mels, frames)[axis] - width + 1, (), generator=generator))
                 out[row].narrow(axis, start, width).copy_(fill)
+    return out
+
+
+def swap_words(tokens: Tensor, words: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Puts other words of the batch in the place of some, in what the decoder is told that it said so far.
+
+    What a small corpus says is learned by heart long before what its speech sounds like. Out of place words
+    make every pass over it new to the decoder, and the teacher's answer to them is as good as to any other.
+
+    Args:
+        tokens: int64 `[batch, tokens]`, the decoder's inputs; not changed.
+        words: bool `[batch, tokens]`, the inputs that are words (no prompt, time or padding).
+        share: of the words, how many are replaced.
+        generator: on the CPU.
+
+    Returns:
+        A copy with words replaced.
+    """
+    swapped = words & (torch.rand(tokens.shape, generator=generator) < share)
+    pool = tokens[words]
+    out = tokens.clone()
+    if len(pool):
+        out[swapped] = pool[torch.randint(len(pool), (int(swapped.sum()),), generator=generator)]
     return out

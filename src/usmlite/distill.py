@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
-IGNORED = -100  # label of positions that are not scored
+from usmlite.models import IGNORED, Attention
+
 # Tokens whose distributions over the vocabulary are compared at once: their float32 logits, about
 # 13 MB for Whisper's vocabulary, then stay in a CPU's cache.
 _CHUNK_TOKENS = 64
+# Channels of the layers' outputs differ by orders of magnitude: each counts over its own mean square,
+# but not over less than this share of the mean channel's.
+_LEAST_CHANNEL = 0.01
 
 
 @dataclass(frozen=True)
@@ -25,12 +31,23 @@ class LossWeights:
         states: squared distance of the final encoder states, over the teacher's mean square.
         temperature: both distributions are softened by it in the KL term, which is then
             multiplied by its square (Hinton et al., arXiv 1503.02531).
+        layers: squared distance of the output of every layer, over the mean square of the teacher's channel;
+            of the decoder's at the scored positions (arXiv 1908.09355).
+        attention: KL divergence of what the decoder's heads look at from what the teacher's do, nats per
+            scored token, mean over heads and layers.
     """
 
     kl: float = 1.0
     ce: float = 0.2
     states: float = 1.0
     temperature: float = 1.0
+    layers: float = 0.0
+    attention: float = 0.0
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether anything but the text is matched."""
+        return any((self.kl, self.states, self.layers, self.attention))
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -85,11 +102,22 @@ class Distillation(nn.Module):
     Wrapping it (DDP, Accelerate) wraps the student; the teacher is no submodule and has no gradients.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, weights: LossWeights) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        weights: LossWeights,
+        *,
+        layers: Sequence[str] = (),
+        attentions: Sequence[Attention] = (),
+    ) -> None:
+        """Takes the models, the weights, and where in both to look for what is matched inside."""
         super().__init__()
         self.student = student
         self.__dict__["teacher"] = teacher
         self.weights = weights
+        self.layers = tuple(layers) if weights.layers else ()
+        self.attentions = tuple(attentions) if weights.attention else ()
 
     def forward(
         self, heard: Tensor, taught: Tensor, decoder_input_ids: Tensor, labels: Tensor
@@ -103,23 +131,83 @@ class Distillation(nn.Module):
             labels: int64 `[batch, tokens]`, `IGNORED` where nothing is scored.
 
         Returns:
-            Scalars "loss" (weighted, with gradient), "kl", "ce", "states" (each unweighted). Without
-            weight on "kl" and "states" the teacher is not run, and both are zero.
+            Scalars "loss" (weighted, with gradient), "kl", "ce", "states" and, where they have a weight,
+            "layers" and "attention" (each unweighted). Where nothing of the teacher is matched it is not
+            run, and its terms are zero.
         """
         weights, scored = self.weights, labels != IGNORED
-        if not (weights.kl or weights.states):
+        if not weights.needs_teacher:
             _, logits = _run(self.student, heard, decoder_input_ids, scored)
             ce = cross_entropy(logits.float(), labels[scored])
             nothing = torch.zeros_like(ce)
             return {"loss": weights.ce * ce, "kl": nothing, "ce": ce.detach(), "states": nothing}
-        with torch.no_grad():
-            teacher_states, teacher_logits = _run(self.__dict__["teacher"], taught, decoder_input_ids, scored)
-        states, logits = _run(self.student, heard, decoder_input_ids, scored)
+        teacher: nn.Module = self.__dict__["teacher"]
+        with torch.no_grad(), self._watched(teacher) as wanted:
+            teacher_states, teacher_logits = _run(teacher, taught, decoder_input_ids, scored)
+        with self._watched(self.student) as seen:
+            states, logits = _run(self.student, heard, decoder_input_ids, scored)
         apply: Any = _TokenLoss.apply  # torch leaves it untyped
-        tokens, kl, ce = apply(logits, teacher_logits, labels[scored], weights)
+        loss, kl, ce = apply(logits, teacher_logits, labels[scored], weights)
         distance = (states.float() - teacher_states.float()).square().mean()
         distance = distance / teacher_states.float().square().mean()
-        return {"loss": tokens + weights.states * distance, "kl": kl, "ce": ce, "states": distance.detach()}
+        losses = {"loss": loss + weights.states * distance, "kl": kl, "ce": ce, "states": distance.detach()}
+        if self.layers:
+            parts = [_layer_distance(seen[name], wanted[name], scored) for name in self.layers]
+            losses["layers"] = torch.stack(parts).mean()
+        if self.attentions:
+            parts = [_attention_divergence(seen, wanted, place, scored) for place in self.attentions]
+            losses["attention"] = torch.stack(parts).mean()
+        for name in ("layers", "attention"):
+            if name in losses:
+                losses["loss"] = losses["loss"] + getattr(weights, name) * losses[name]
+                losses[name] = losses[name].detach()
+        return losses
+
+    @contextmanager
+    def _watched(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """What the places to match give while the model runs."""
+        seen: dict[str, Tensor] = {}
+        names = [*self.layers, *(name for place in self.attentions for name in (place.queries, place.keys))]
+
+        def watch(name: str) -> Any:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                seen[name] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _layer_distance(student: Tensor, teacher: Tensor, scored: Tensor) -> Tensor:
+    """Mean squared distance of `[batch, places, d]`, each channel over the teacher's mean square."""
+    if student.shape[:2] == scored.shape:  # a decoder's: there are more frames than tokens
+        student, teacher = student[scored], teacher[scored]
+    student, teacher = student.float().flatten(0, -2), teacher.float().flatten(0, -2)
+    size = teacher.square().mean(dim=0)
+    return ((student - teacher).square().mean(dim=0) / size.clamp(min=_LEAST_CHANNEL * size.mean())).mean()
+
+
+def _attention_divergence(
+    student: dict[str, Tensor], teacher: dict[str, Tensor], place: Attention, scored: Tensor
+) -> Tensor:
+    """Mean KL divergence of the attention of scored tokens, nats."""
+    total = torch.zeros((), device=scored.device)
+    for row, chosen in enumerate(scored):
+
+        def looks(seen: dict[str, Tensor], row: int = row, chosen: Tensor = chosen) -> Tensor:
+            queries, keys = seen[place.queries][row][chosen].float(), seen[place.keys][row].float()
+            queries, keys = (x.reshape(len(x), place.heads, -1).transpose(0, 1) for x in (queries, keys))
+            scores = queries @ keys.transpose(1, 2) / queries.shape[-1] ** 0.5
+            return log_softmax(scores, dim=-1)  # [heads, tokens, frames]
+
+        wanted = looks(teacher)
+        total = total + (wanted.exp() * (wanted - looks(student))).sum()
+    return total / (place.heads * scored.sum())
 
 
 def _run(

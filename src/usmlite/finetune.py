@@ -12,7 +12,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader, Dataset
 from usmlite import student as students
 from usmlite.atomic import write_bytes
 from usmlite.audio import WINDOW_SECONDS
-from usmlite.augment import add_noise, spec_augment
+from usmlite.augment import add_noise, spec_augment, swap_words
+from usmlite.average import averaged, take_average, update_average
 from usmlite.checkpoint import CheckpointFolder, save_student
 from usmlite.data import Utterance, Window, load_window, pack_windows
 from usmlite.distill import Distillation, LossWeights
@@ -271,8 +272,12 @@ def finetune(
     masks.at(first)
     _cut_log(log, first)
 
-    weights = LossWeights(training.kl, training.ce, training.states, training.temperature)
-    distillation = accelerator.prepare(Distillation(student, teacher, weights))
+    weights = LossWeights(
+        training.kl, training.ce, training.states, training.temperature, training.layers, training.attention
+    )
+    distillation = accelerator.prepare(
+        Distillation(student, teacher, weights, layers=adapter.layers(), attentions=adapter.attentions())
+    )
     dataset = TrainingWindows(utterances, recipe)
     per_step = training.batch_size * training.accumulate * accelerator.num_processes
     mine = [
@@ -297,13 +302,15 @@ def finetune(
         if dev_wer is None or not accelerator.is_main_process:
             return
         student.eval()
-        wer = dev_wer(student)
+        # In the end the average has become the weights.
+        with averaged(optimizer) if step < training.steps else nullcontext():
+            wer = dev_wer(student)
+            state["dev_wer"] = wer
+            # With more weights than the spec allows it would be the best, and could not be packed.
+            if masks.at_target and (state["best_wer"] is None or wer <= state["best_wer"]):
+                state["best_wer"], state["best_step"] = wer, step
+                save_student(output / "best", student, None, {"step": step, "dev_wer": wer})
         student.train()
-        state["dev_wer"] = wer
-        # With more weights than the spec allows it would be the best, and could not be packed.
-        if masks.at_target and (state["best_wer"] is None or wer <= state["best_wer"]):
-            state["best_wer"], state["best_step"] = wer, step
-            save_student(output / "best", student, None, {"step": step, "dev_wer": wer})
 
     recent: list[float] = []
     with _finish_step_on_signal() as stop_asked:
@@ -332,10 +339,13 @@ def finetune(
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if training.average:
+                update_average(optimizer, training.average, step)
 
             done = step + 1
             last = done == training.steps
             if last:
+                take_average(optimizer)
                 # What is stored as float16 is rounded before it is judged, so that the judged one ships.
                 students.round_kept(student)
             seconds = time.perf_counter() - started
@@ -400,14 +410,16 @@ def _to_device(
 ) -> dict[str, Tensor]:
     samples = torch.stack([row[0] for row in rows]).to(device)
     heard = taught = adapter.features(samples)
+    generator = torch.Generator().manual_seed((recipe.training.seed * 1_000_003 + step) * 64 + part)
     if recipe.training.spec_augment:
-        generator = torch.Generator().manual_seed((recipe.training.seed * 1_000_003 + step) * 64 + part)
         heard = spec_augment(taught, generator)
         if recipe.training.teacher_hears == "same":
             taught = heard
     ids, labels = adapter.targets(
         [row[1] for row in rows], timestamps=[row[2] for row in rows], language=recipe.data.language
     )
+    if recipe.data.swapped:
+        ids = swap_words(ids, adapter.words(ids), recipe.data.swapped, generator)
     return {
         "heard": heard,
         "taught": taught,

@@ -72,6 +72,9 @@ class DataRecipe:
     single: float = _key(0.15, "share of the training windows with one short utterance and then silence")
     speed: float = _key(0.0, "play training speech up to this share faster or slower (0.1: 0.9 to 1.1 times)")
     noise: float = _key(0.0, "share of the training windows with noise added, at 10 to 40 dB")
+    swapped: float = _key(
+        0.0, "share of the words before the one to predict that are replaced by other words of the batch"
+    )
     level: float = _key(0.0, "raise or lower training speech by up to this many dB")
 
 
@@ -197,10 +200,17 @@ class TrainingRecipe:
     warmup: float = _key(0.05, "share of the steps in which the learning rate rises")
     final_rate: float = _key(0.02, "the learning rate at the end, as a share of the peak (cosine decay)")
     weight_decay: float = _key(0.0, "AdamW's decoupled weight decay")
+    average: float = _key(
+        0.0,
+        "ship a running average of the weights: share of the old average that stays at each step, such as "
+        "0.99; 0 ships the last weights",
+    )
     clip: float = _key(1.0, "gradients are clipped to this norm")
     kl: float = _key(1.0, "weight of the KL divergence from the teacher's token distribution")
     ce: float = _key(0.2, "weight of the cross-entropy on the target text")
     states: float = _key(10.0, "weight of the match of encoder states")
+    layers: float = _key(0.0, "weight of the match of every layer's output")
+    attention: float = _key(0.0, "weight of the match of what the decoder's heads look at in the speech")
     temperature: float = _key(1.0, "temperature of the KL term")
     spec_augment: bool = _key(False, "mask bands of time and frequency in what is heard (SpecAugment)")
     teacher_hears: str = _key(
@@ -331,6 +341,8 @@ _LOWEST = {
     "training.kl": 0.0,
     "training.ce": 0.0,
     "training.states": 0.0,
+    "training.layers": 0.0,
+    "training.attention": 0.0,
     "training.weight_decay": 0.0,
     "training.scale_learning_rate": 0.0,
     "training.mask_learning_rate": 0.0,
@@ -343,9 +355,11 @@ _SHARES = {
     "data.timestamps": 1.0,
     "data.single": 1.0,
     "data.noise": 1.0,
+    "data.swapped": 1.0,
     "data.speed": 0.5,
     "student.mask_freeze": 1.0,
     "training.warmup": 1.0,
+    "training.average": 0.9999,
     "training.final_rate": 1.0,
 }
 

@@ -6,6 +6,6 @@ with the adapter of its family.
 
 from usmlite.models.decoding import Decoded, TimedText
 from usmlite.models.sources import Teacher, load_teacher
-from usmlite.models.whisper import WhisperAdapter
+from usmlite.models.whisper import IGNORED, Attention, WhisperAdapter
 
-__all__ = ["Decoded", "Teacher", "TimedText", "WhisperAdapter", "load_teacher"]
+__all__ = ["IGNORED", "Attention", "Decoded", "Teacher", "TimedText", "WhisperAdapter", "load_teacher"]

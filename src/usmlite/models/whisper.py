@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -33,12 +34,26 @@ from usmlite.models.decoding import (
 
 TASKS = ("transcribe", "translate")
 TOKENIZER_FILE = "tokenizer.json"
-IGNORED = -100
-"""The label of a position that the loss leaves out."""
+IGNORED = -100  # label of positions that are not scored
 
 ENCODER_POSITIONS = "model.encoder.embed_positions.weight"
 _ENGLISH_VOCABULARY = 51_864  # one token fewer than the smallest multilingual vocabulary
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Where one attention of a model can be read.
+
+    Attributes:
+        queries: name of the module that gives them, `[batch, tokens, d]`.
+        keys: name of the module that gives the keys, `[batch, frames, d]`.
+        heads: how many.
+    """
+
+    queries: str
+    keys: str
+    heads: int
 
 
 class WhisperAdapter:
@@ -228,6 +243,10 @@ class WhisperAdapter:
             labels[index, prompt_length - 1 : len(tokens) - 1] = tokens[prompt_length:]
         return inputs, labels
 
+    def words(self, tokens: Tensor) -> Tensor:
+        """Which tokens are text: bool of the same shape, False for prompts, times and the end."""
+        return tokens < self.end  # Whisper numbers its special tokens after the text's
+
     def _body(self, texts: Sequence[TimedText], timed: bool) -> list[int]:
         body: list[int] = []
         latest = 0
@@ -416,6 +435,17 @@ class WhisperAdapter:
                 remedy="Give the dense model, before compression.",
             )
         return kinds
+
+    def layers(self) -> list[str]:
+        """The modules whose outputs are the residual stream after each layer, encoder first."""
+        counts = {"encoder": self.config.encoder_layers, "decoder": self.config.decoder_layers}
+        return [f"model.{side}.layers.{i}" for side, count in counts.items() for i in range(count)]
+
+    def attentions(self) -> list[Attention]:
+        """The attentions from the text to the speech."""
+        places = [f"model.decoder.layers.{i}.encoder_attn" for i in range(self.config.decoder_layers)]
+        heads = self.config.decoder_attention_heads
+        return [Attention(f"{place}.q_proj", f"{place}.k_proj", heads) for place in places]
 
     @staticmethod
     def _linear(side: str, layers: int, attentions: Sequence[str]) -> dict[str, str]:
