@@ -202,14 +202,32 @@ def test_learned_scales_of_few_levels_start_at_the_least_error_and_learn(quant):
         other = copy.deepcopy(compression)
         other.log_scale.data.add_(math.log(factor))
         assert (other(weight) - pruned).square().sum() > start
-    # Towards another weight, only the scales move.
-    target, optimizer = 1.5 * pruned, torch.optim.Adam([compression.log_scale], lr=0.02)
+    # Towards a larger weight, scales and weights move.
+    target, leaf = 1.5 * pruned, nn.Parameter(weight)
+    optimizer = torch.optim.Adam([compression.log_scale, leaf], lr=0.02)
+    before = compression.log_scale.detach().clone()
     for _ in range(60):
-        loss = (compression(weight) - target).square().sum()
+        loss = (compression(leaf) - target).square().sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert (compression(weight) - target).square().sum() < (levels - target).square().sum()
+    assert loss < 0.7 * (levels - target).square().sum()
+    assert (compression.log_scale != before).all()
+
+
+def test_a_learned_scale_of_one_bit_finds_the_mean_magnitude():
+    torch.manual_seed(5)
+    weight = torch.randn(16, 64)
+    compression = WeightCompression(weight, LayerSpec(Int(1)), StudentOptions(masks="fixed"))
+    compression.log_scale.data.add_(1.0)
+    optimizer = torch.optim.SGD([compression.log_scale], lr=0.01)
+    for _ in range(300):
+        loss = (compression(weight) - weight).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    scale = compression.scales(weight)[0]
+    assert torch.allclose(scale / 2, weight.abs().mean(dim=1, keepdim=True), rtol=0.01)
 
 
 def rand_of(weight, **choices):

@@ -225,9 +225,9 @@ class FakeQuantize(torch.autograd.Function):
 
     The weight's gradient passes straight through, also to pruned weights (a mask can only move if
     they learn), and stops where a kept weight is clipped, because moving it changes nothing. The
-    scale's gradient is that of learned step size quantization (LSQ, arXiv 1902.08153). That of a learned
-    scale is multiplied by it, because the parameter is the scale's logarithm: Adam's steps are then
-    relative.
+    scale's gradient is that of learned step size quantization (LSQ, arXiv 1902.08153), but for one bit,
+    where LSQ's would shrink the scale below the mean magnitude, the exact one. That of a learned scale is
+    multiplied by it, because the parameter is the scale's logarithm: Adam's steps are then relative.
     """
 
     @staticmethod
@@ -270,6 +270,8 @@ class FakeQuantize(torch.autograd.Function):
         weight, scale, mask, zero = ctx.saved_tensors
         quant: Int = ctx.quant
         rows, columns = weight.shape
+        # One bit is the sign, which no scale changes: its value is the scale times a constant.
+        signs = quant.bits == 1 and quant.symmetric
         grad_weight = torch.empty_like(weight)
         grad_scale = torch.empty_like(scale) if ctx.learned or ctx.needs_input_grad[2] else None
         for low, high in _blocks(rows, columns, weight.device):
@@ -283,7 +285,8 @@ class FakeQuantize(torch.autograd.Function):
             if grad_scale is not None:
                 code.clamp_(0, quant.max_code)
                 # d(value)/d(scale): the level where clipped, level minus position where not.
-                slope = torch.where(clipped, code - offset, code.sub_(position))
+                level = code - offset
+                slope = level if signs else torch.where(clipped, level, code.sub_(position))
                 slope.mul_(block)
                 if mask is not None:
                     slope.masked_fill_(~mask[low:high], 0.0)
