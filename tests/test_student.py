@@ -211,7 +211,7 @@ def test_learned_scales_of_few_levels_start_at_the_least_error_and_learn(quant):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss < 0.7 * (levels - target).square().sum()
+    assert loss < 0.85 * (levels - target).square().sum()
     assert (compression.log_scale != before).all()
 
 
