@@ -21,9 +21,10 @@ from usmlite.distill import Distillation, LossWeights
 from usmlite.evaluate import describe_machine, describe_versions
 from usmlite.finetune import autocast_precision, make_optimizer
 from usmlite.load import student_options
+from usmlite.masks import attach
 from usmlite.models import TimedText, load_teacher
 from usmlite.recipe import build_recipe
-from usmlite.student import attach, make_student
+from usmlite.student import make_student
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs along the river until the sun goes down " * 4
 

@@ -36,11 +36,15 @@ def small_teacher(seed: int = 0, **changes: int) -> tuple[WhisperForConditionalG
 
 
 def small_student(
-    spec: CompressionSpec | None = None, *, seed: int = 0, **changes: int
+    spec: CompressionSpec | None = None,
+    *,
+    seed: int = 0,
+    options: StudentOptions | None = None,
+    **changes: int,
 ) -> tuple[torch.nn.Module, WhisperAdapter]:
     teacher, adapter = small_teacher(seed, **changes)
     spec = spec or CompressionSpec.simple(4, "2:4")
-    student = make_student(teacher, adapter.compressible(teacher), spec, StudentOptions())
+    student = make_student(teacher, adapter.compressible(teacher), spec, options)
     round_kept(student)
     return student.eval(), adapter
 

@@ -13,6 +13,7 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 from correlated import correlated, output_error
 from usmlite.calibrate import METHODS, calibrate
 from usmlite.errors import DataError, ModelError, SpecError
+from usmlite.masks import attach, update_masks
 from usmlite.moments import collect_moments, input_rows
 from usmlite.solve import solve
 from usmlite.spec import NM, CompressionSpec, Int, LayerSpec, Rule
@@ -23,7 +24,6 @@ from usmlite.student import (
     fake_quantized,
     make_student,
     to_matrix,
-    update_masks,
 )
 
 SPECS = [
@@ -32,6 +32,8 @@ SPECS = [
     LayerSpec(Int(3), None, 16),
     LayerSpec(Int(2, grid="midrise"), NM(2, 4), 32),
     LayerSpec(Int(2), NM(1, 4)),
+    LayerSpec(Int(2, grid="ternary")),
+    LayerSpec(Int(2, grid="ternary"), NM(2, 4), 16),
     LayerSpec(Int(1)),
     LayerSpec(Int(1, symmetric=False), NM(1, 2)),
     LayerSpec(Int(4, symmetric=False), NM(2, 4), 8),
@@ -75,7 +77,7 @@ def test_the_student_computes_with_exactly_the_solution(spec: LayerSpec, columns
         moments["layer"].hessian,
         spec,
         importance=layer.compression.importance,
-        covering=scales == "min-max",
+        covering=scales in ("min-max", "rand"),
     )
     assert torch.equal(fake_quantized(layer), solution.values)
     mask = layer.compression.mask
@@ -92,6 +94,22 @@ def test_the_student_computes_with_exactly_the_solution(spec: LayerSpec, columns
     assert report.layers[0].error_after == pytest.approx(
         output_error(teacher.layer.weight.detach(), solution.values, inputs), rel=1e-3
     )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradual_masks_start_dense_from_the_dense_solution(method: str) -> None:
+    torch.manual_seed(1)
+    teacher, inputs = Wrapped(nn.Linear(64, 33)), correlated(300, 64)
+    found = {}
+    for sparsity, masks in ((None, "fixed"), (NM(2, 4), "gradual")):
+        student = student_of(teacher, LayerSpec(Int(4), sparsity), masks=masks)
+        report = calibrate(student, teacher, [{"inputs": inputs}], method=method)
+        attach(student, torch.optim.SGD(student.parameters(), lr=1.0), moving=10)
+        ((_, layer),) = compressed_layers(student)
+        found[masks] = fake_quantized(layer), layer.bias, report.layers[0].error_after
+    assert torch.equal(found["fixed"][0], found["gradual"][0])
+    assert torch.equal(found["fixed"][1], found["gradual"][1])
+    assert found["fixed"][2] == found["gradual"][2]
 
 
 @pytest.mark.parametrize(

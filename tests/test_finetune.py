@@ -18,7 +18,10 @@ from usmlite import finetune as loop
 from usmlite.checkpoint import student_tensors
 from usmlite.data import Utterance
 from usmlite.errors import TrainingError
+from usmlite.load import student_options
+from usmlite.pack import pack_layer
 from usmlite.recipe import Recipe, build_recipe
+from usmlite.student import MASK_RULES, compressed_layers
 
 TEXTS = ["hello", "good day", "a tree", "the sea", "no", "yes we go", "rain", "sun"]
 
@@ -35,7 +38,7 @@ def speech(tmp_path_factory: pytest.TempPathFactory) -> list[Utterance]:
     return out
 
 
-def recipe(steps: int = 6, **training: object) -> Recipe:
+def recipe(steps: int = 6, *, masks: str = "sr-ste", scales: str = "learned", **training: object) -> Recipe:
     settings = {
         "steps": steps,
         "batch_size": 1,
@@ -46,12 +49,13 @@ def recipe(steps: int = 6, **training: object) -> Recipe:
         "embedding_learning_rate": 1e-3,
         **training,
     }
-    return build_recipe({"training": settings, "student": {"mask_every": 1}})
+    student = {"mask_every": 1, "masks": masks, "scales": scales}
+    return build_recipe({"training": settings, "student": student})
 
 
 def run(speech, output: Path, plan: Recipe, **options: object) -> tuple[nn.Module, loop.Outcome]:
     teacher, adapter = small_teacher()
-    student, _ = small_student()
+    student, _ = small_student(options=student_options(plan))
     output.mkdir(exist_ok=True)
     outcome = loop.finetune(student, teacher, adapter, speech, plan, output, **options)  # type: ignore[arg-type]
     return student, outcome
@@ -75,11 +79,17 @@ def test_the_loss_falls_and_everything_is_logged(speech, tmp_path):
     assert rows[-1]["churn"] == rows[-2]["churn"]  # frozen for the last part
 
 
-@pytest.mark.parametrize("spec_augment", [False, True])
-def test_a_run_cut_off_anywhere_ends_like_one_that_was_not(speech, tmp_path, spec_augment):
-    more = {"average": 0.9, "layers": 1.0, "attention": 1.0} if spec_augment else {}
-    plan = recipe(6, spec_augment=spec_augment, accumulate=2, **more)
-    if spec_augment:
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"spec_augment": True, "average": 0.9, "layers": 1.0, "attention": 1.0},
+        {"scales": "rand"},
+        *({"masks": masks} for masks in MASK_RULES),
+    ],
+)
+def test_a_run_cut_off_anywhere_ends_like_one_that_was_not(speech, tmp_path, choice):
+    plan = recipe(6, accumulate=2, **choice)
+    if "spec_augment" in choice:
         plan = replace(plan, data=replace(plan.data, swapped=0.3))
     whole, _ = run(speech, tmp_path / "whole", plan)
 
@@ -126,6 +136,28 @@ def test_the_best_student_by_dev_wer_is_kept(speech, tmp_path):
     _, outcome = run(speech, tmp_path, recipe(12), dev_wer=lambda student: next(wers))
     assert (outcome.best_step, outcome.best_wer) == (6, 0.2)
     assert json.loads((tmp_path / "best" / "state.json").read_text()) == {"step": 6, "dev_wer": 0.2}
+
+
+def test_learned_masks_have_a_rate_of_their_own(speech, tmp_path):
+    plan = recipe(8, masks="gumbel", mask_learning_rate=0.5)
+    student, _ = small_student(options=student_options(plan))
+    before = student_tensors(student)
+    groups = loop.make_optimizer(student, plan).param_groups
+    logits = {id(p) for name, p in student.named_parameters() if name.endswith("patterns.logits")}
+    assert [{id(p) for p in group["params"]} for group in groups if group["peak"] == 0.5] == [logits]
+    after = student_tensors(run(speech, tmp_path, plan)[0])
+    assert not torch.equal(
+        before["model.decoder.layers.0.fc1.compression.mask"],
+        after["model.decoder.layers.0.fc1.compression.mask"],
+    )
+
+
+def test_a_student_that_is_not_yet_sparse_is_not_the_best(speech, tmp_path):
+    wers = iter([0.1, 0.4, 0.3, 0.35])  # 2:4 from step 6 of 12 on
+    student, outcome = run(speech, tmp_path, recipe(12, masks="gradual"), dev_wer=lambda student: next(wers))
+    assert (outcome.best_step, outcome.best_wer) == (9, 0.3)
+    for name, layer in compressed_layers(student):
+        pack_layer(name, layer)
 
 
 def test_without_dev_the_last_student_is_the_best(speech, tmp_path):

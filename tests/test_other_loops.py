@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import Dataset
 
 from small_whisper import small_student
-from usmlite.student import attach, compressed_layers
+from usmlite.masks import attach
+from usmlite.student import compressed_layers
 
 
 class Windows(Dataset[dict[str, torch.Tensor]]):

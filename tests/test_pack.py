@@ -86,6 +86,7 @@ def test_rules_of_every_kind_are_recorded(tmp_path: Path) -> None:
         Rule("*.fc1", LayerSpec(Int(3, symmetric=False), group=8)),
         Rule("*.fc2", LayerSpec()),
         Rule("*.q_proj", LayerSpec(Int(2, grid="midrise"))),
+        Rule("*.k_proj", LayerSpec(Int(2, grid="ternary"))),
     )
     student, adapter = small_student(CompressionSpec.simple(4, "1:4", first=rules))
     packed = pack(student, adapter, tmp_path / "out")

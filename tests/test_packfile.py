@@ -112,6 +112,7 @@ def read_by_the_document(spec: LayerSpec, columns: int, parts: dict[str, Any], r
         (LayerSpec(Int(3), NM(1, 4), 7), 33),
         (LayerSpec(Int(5, symmetric=False), NM(7, 16), 20), 45),
         (LayerSpec(Int(2, grid="midrise"), NM(16, 32)), 70),
+        (LayerSpec(Int(2, grid="ternary"), NM(3, 4), 8), 29),
         (LayerSpec(Int(7)), 19),
         (LayerSpec(Int(3), None, None, column_scales=True), 21),
         (LayerSpec(Int(5, symmetric=False), NM(2, 4), 8, column_scales=True), 30),
@@ -405,6 +406,18 @@ def test_the_manifest_survives_json() -> None:
     assert Manifest.from_dict(values, where="config.json") == MANIFEST
 
 
+@pytest.mark.parametrize("place", range(5))
+def test_the_fourth_code_of_a_ternary_weight_is_refused(place: int) -> None:
+    spec, codes = LayerSpec(Int(2, grid="ternary")), torch.tensor([[0, 1, 2, 2, 1]], dtype=torch.uint8)
+    parts = packfile.pack_rows(spec, codes, scale=torch.ones(1, 1))
+    weight = kernels.unpack(packfile.packed_weight(spec, (1, 5), parts, where="w"))
+    assert weight.tolist() == [[-1.0, 0.0, 1.0, 1.0, 0.0]]
+    codes[0, place] = 3
+    parts = packfile.pack_rows(spec, codes, scale=torch.ones(1, 1))
+    with pytest.raises(PackedModelError, match="impossible ternary code"):
+        packfile.packed_weight(spec, (1, 5), parts, where="w")
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -427,6 +440,7 @@ def test_the_manifest_survives_json() -> None:
         ({"layers": {"a": {"shape": [4, 4], "bits": 4, "sparsity": "9:3"}}}, "unusable layer spec.*9:3"),
         ({"layers": {"a": {"shape": [4, 4], "bits": [4]}}}, "unusable layer spec"),
         ({"layers": {"a": {"shape": [4, 4], "bits": 4, "symmetric": False, "grid": "midrise"}}}, "unusable"),
+        ({"layers": {"a": {"shape": [4, 4], "bits": 3, "grid": "ternary"}}}, "unusable layer spec.*bits = 2"),
         ({"layers": {"a": {"shape": [4, 4], "bits": 4, "group": -1}}}, "unusable layer spec"),
         ({"layers": {"a": {"shape": [4, 4], "bits": 4, "run": "rm"}}}, "unusable layer spec.*run"),
         ({"layers": {"a": {"shape": [4, 4]}}}, "neither bits nor sparsity"),

@@ -17,7 +17,8 @@ def weights(rows: int = 5, columns: int = 37, seed: int = 0) -> torch.Tensor:
 def quants(draw: st.DrawFn) -> Int:
     bits = draw(st.integers(1, 8))
     symmetric = draw(st.booleans())
-    grid = draw(st.sampled_from(["integer", "midrise"])) if symmetric else "integer"
+    grids = ["integer", "midrise", "ternary"] if bits == 2 else ["integer", "midrise"]
+    grid = draw(st.sampled_from(grids)) if symmetric else "integer"
     return Int(bits, symmetric=symmetric, grid=grid)
 
 
@@ -52,7 +53,10 @@ def test_two_bit_midrise_has_four_levels_around_zero():
     assert q.fake_quantize(values, None, scale, None, quant, None).tolist() == [[-1.5, -0.5, 0.5, 1.5]]
 
 
-@pytest.mark.parametrize("quant", [Int(2), Int(3), Int(4), Int(2, grid="midrise"), Int(4, symmetric=False)])
+@pytest.mark.parametrize(
+    "quant",
+    [Int(2), Int(3), Int(4), Int(2, grid="midrise"), Int(2, grid="ternary"), Int(4, symmetric=False)],
+)
 @pytest.mark.parametrize("group", [None, 16])
 def test_min_error_is_never_worse_than_min_max(quant: Int, group: int | None):
     w = weights(16, 96)
@@ -65,6 +69,43 @@ def test_min_error_is_never_worse_than_min_max(quant: Int, group: int | None):
     assert error(q.min_error(pruned, mask, quant, group)) <= error(q.min_max(pruned, quant, group))
     if quant.bits < 4 and quant.symmetric:
         assert error(q.min_error(pruned, mask, quant, group)) < 0.9 * error(q.min_max(pruned, quant, group))
+
+
+@pytest.mark.parametrize("group", [None, 16])
+@pytest.mark.parametrize("important", [False, True])
+def test_one_bit_is_sign_times_mean_magnitude(group: int | None, important: bool):
+    w, mask = weights(6, 64), weights(6, 64, seed=1) > 0
+    w[0, 0] = 40.0  # far above the others
+    importance = torch.rand(64, generator=torch.Generator().manual_seed(2)) + 0.1
+    pruned = torch.where(mask, w, torch.zeros_like(w))
+    scale, _ = q.min_error(pruned, mask, Int(1), group, importance=importance if important else None)
+    share = mask * (importance if important else torch.ones(64))
+    sums, counts = ((x * share).reshape(6, -1, group or 64).sum(-1) for x in (w.abs(), torch.ones(64)))
+    levels = q.fake_quantize(pruned, mask, scale, None, Int(1), group)
+    expected = torch.where(mask, w.sign(), torch.zeros_like(w)) * q.spread(sums / counts, 64, group)
+    assert torch.allclose(levels, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("grid", ["ternary", "midrise"])
+def test_two_bits_find_the_best_scale(grid: str):
+    w = weights(8, 300)
+    w[:, 0] = 10.0  # the largest weight says nothing about the others
+    quant = Int(2, grid=grid)  # type: ignore[arg-type]
+
+    def errors(scale: torch.Tensor) -> torch.Tensor:
+        return (q.fake_quantize(w, None, scale, None, quant, None) - w).square().sum(-1)
+
+    found = errors(q.min_error(w, None, quant, None)[0])
+    every = torch.linspace(0.01, 40.0, 4000).half().float()
+    best = torch.stack([errors(value.expand(8, 1)) for value in every]).amin(dim=0)
+    assert (found <= 1.01 * best).all()
+
+
+def test_ternary_has_three_levels():
+    values = torch.tensor([[-9.0, -0.6, 0.4, 0.6, 2.0]])
+    quant = Int(2, grid="ternary")
+    assert q.quantize(values, torch.ones(1, 1), None, quant, None).tolist() == [[0, 0, 1, 2, 2]]
+    assert q.fake_quantize(values, None, torch.ones(1, 1), None, quant, None).tolist() == [[-1, -1, 0, 1, 1]]
 
 
 def test_min_error_follows_importance():

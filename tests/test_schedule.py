@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from usmlite.schedule import masks_frozen, rate
+from usmlite.schedule import kept_of, moving_steps, rate, temperature
 
 
 def test_rate_rises_then_falls_to_the_final_share():
@@ -20,6 +20,15 @@ def test_a_run_of_one_step_has_a_rate():
 
 
 def test_masks_freeze_after_their_share():
-    assert [masks_frozen(step, 10, freeze=0.7) for step in (0, 6, 7, 9)] == [False, False, True, True]
-    assert masks_frozen(0, 10, freeze=0.0)
-    assert not masks_frozen(9, 10, freeze=1.0)
+    assert [moving_steps(10, freeze=share) for share in (0.0, 0.65, 0.7, 1.0)] == [0, 7, 7, 10]
+
+
+def test_the_temperature_falls():
+    assert [round(temperature(share), 3) for share in (0.0, 0.5, 1.0)] == [1.0, 0.224, 0.05]
+
+
+def test_gradual_masks_keep_all_first_and_n_last_in_equal_parts():
+    assert [kept_of(step, 9, 2, 4) for step in range(11)] == [4, 4, 4, 3, 3, 3, 2, 2, 2, 2, 2]
+    assert [kept_of(step, 8, 7, 8) for step in (0, 3, 4, 8)] == [8, 8, 7, 7]
+    assert [kept_of(step, 2, 1, 32) for step in (0, 1, 2)] == [32, 16, 1]
+    assert kept_of(0, 0, 2, 4) == 2

@@ -26,7 +26,8 @@ from usmlite.spec import (
 def ints(draw: st.DrawFn) -> Int:
     bits = draw(st.integers(1, 8))
     symmetric = draw(st.booleans())
-    grid = draw(st.sampled_from(["integer", "midrise"])) if symmetric else "integer"
+    grids = ["integer", "midrise", "ternary"] if bits == 2 else ["integer", "midrise"]
+    grid = draw(st.sampled_from(grids)) if symmetric else "integer"
     return Int(bits, symmetric, grid)
 
 
@@ -59,6 +60,10 @@ def test_grids() -> None:
         Int(4, grid="uneven")  # type: ignore[arg-type]
     with pytest.raises(SpecError, match="no zero point"):
         Int(4, symmetric=False, grid="midrise")
+    with pytest.raises(SpecError, match="no zero point"):
+        Int(2, symmetric=False, grid="ternary")
+    with pytest.raises(SpecError, match="ternary grid has codes of 2 bits"):
+        Int(3, grid="ternary")
     assert Int(1).grid == "midrise"
     assert Int(1, symmetric=False).grid == "integer"
 
@@ -70,6 +75,7 @@ def test_levels() -> None:
     assert levels(Int(1)) == [-0.5, 0.5]
     assert levels(Int(2)) == [-2, -1, 0, 1]
     assert levels(Int(2, grid="midrise")) == [-1.5, -0.5, 0.5, 1.5]
+    assert levels(Int(2, grid="ternary")) == [-1, 0, 1]
     assert levels(Int(4)) == list(range(-8, 8))
     assert levels(Int(8))[0] == -128
 
@@ -78,11 +84,19 @@ def test_levels() -> None:
     ("quant", "text"),
     [
         (Int(4), "int4"), (Int(1), "int1"), (Int(2, grid="midrise"), "int2 midrise"),
-        (Int(3, symmetric=False), "int3 asymmetric"),
+        (Int(3, symmetric=False), "int3 asymmetric"), (Int(2, grid="ternary"), "ternary"),
     ],
 )  # fmt: skip
 def test_names(quant: Int, text: str) -> None:
     assert str(quant) == text
+
+
+def test_the_embedding_is_ternary_only_with_two_bits() -> None:
+    for embedding_bits, grid in ((None, "ternary"), (2, "ternary"), (4, "integer")):
+        spec = CompressionSpec.simple(2, "2:4", grid="ternary", embedding_bits=embedding_bits)
+        assert spec.resolve("fc1", "linear") == LayerSpec(Int(2, grid="ternary"), NM(2, 4))
+        embedding = spec.resolve("embed", "embedding").quant
+        assert embedding == Int(embedding_bits or 2, grid=grid)  # type: ignore[arg-type]
 
 
 # NM

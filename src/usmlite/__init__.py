@@ -34,11 +34,12 @@ if TYPE_CHECKING:
     )
     from usmlite.evaluate import Comparison, Evaluation, compare, evaluate
     from usmlite.load import load
+    from usmlite.masks import attach
     from usmlite.models import Teacher, load_teacher
     from usmlite.recipe import Recipe, build_recipe, load_recipe
     from usmlite.runtime import Recognizer, Segment, Transcript
     from usmlite.spec import NM, CompressionSpec, Int, LayerSpec, Rule
-    from usmlite.student import StudentOptions, attach, make_student
+    from usmlite.student import StudentOptions, make_student
 
 __version__ = "0.1.0"
 
@@ -88,11 +89,12 @@ _HOME = {
     ),
     "evaluate": ("Comparison", "Evaluation", "compare", "evaluate"),
     "load": ("load",),
+    "masks": ("attach",),
     "models": ("Teacher", "load_teacher"),
     "recipe": ("Recipe", "build_recipe", "load_recipe"),
     "runtime": ("Recognizer", "Segment", "Transcript"),
     "spec": ("NM", "CompressionSpec", "Int", "LayerSpec", "Rule"),
-    "student": ("StudentOptions", "attach", "make_student"),
+    "student": ("StudentOptions", "make_student"),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -112,6 +112,7 @@ def calibrate(
     Masks, scales and master weights are set, afterwards the student computes with exactly the
     weights that the method chose, and recomputing its masks changes none of them. The student's
     own weights of the compressed layers are overwritten; calibrating twice is the same as once.
+    Gradual masks start dense.
 
     Args:
         student: made by `make_student` from `teacher`.
@@ -183,6 +184,9 @@ def _start(
 ) -> LayerCalibration:
     started = time.perf_counter()
     compression = layer.compression
+    if compression.options.masks == "gradual":
+        compression.sparsity = None
+    spec = replace(compression.spec, sparsity=compression.sparsity)
     weight = cast(Tensor, module.weight).detach().to(layer.weight.device)
     whole, bias = to_matrix(weight).float(), corrected_bias(layer)
     if bias is not None:
@@ -206,17 +210,18 @@ def _start(
         solution = solve(
             problem.matrix,
             problem.hessian,
-            compression.spec,
+            spec,
             damping=problem.damping,
             importance=compression.importance,
-            covering=compression.options.scales == "min-max",
+            covering=compression.options.covering,
             scale=compression.rate_scales(problem.matrix),
         )
         used = solution.damping
         notes += solution.notes
         layer.weight.copy_(from_matrix(solution.master * scale, layer.weight.shape))
-        if compression.mask is not None and solution.mask is not None:
-            compression.mask.copy_(solution.mask)
+        if compression.mask is not None:
+            dense = torch.ones_like(compression.mask)
+            compression.set_mask(dense if solution.mask is None else solution.mask)
         if solution.scale is not None:
             compression.set_scales(solution.scale, solution.zero)
     else:
@@ -226,6 +231,6 @@ def _start(
         bias += (whole - compressed) @ moments.mean.to(weight.device)
     after = relative_error(problem.matrix, compressed / scale, problem.hessian)
     return LayerCalibration(
-        name, str(compression.spec), whole.shape[0], whole.shape[1], moments.count, before, after, used,
+        name, str(spec), whole.shape[0], whole.shape[1], moments.count, before, after, used,
         time.perf_counter() - started, "; ".join(notes),
     )  # fmt: skip

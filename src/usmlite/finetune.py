@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -32,10 +32,11 @@ from usmlite.checkpoint import CheckpointFolder, save_student
 from usmlite.data import Utterance, Window, load_window, pack_windows
 from usmlite.distill import Distillation, LossWeights
 from usmlite.errors import OutputError, TrainingError
+from usmlite.masks import attach
 from usmlite.memory import PeakMemory
 from usmlite.models import TimedText, WhisperAdapter
 from usmlite.recipe import Recipe
-from usmlite.schedule import masks_frozen, rate
+from usmlite.schedule import moving_steps, rate
 
 # Power of speech over that of noise where noise is added, in dB: from a busy room to a quiet one.
 _SNR_DB = (10.0, 40.0)
@@ -166,7 +167,7 @@ def autocast_precision(choice: str, device: torch.device) -> str:
 
 
 def make_optimizer(student: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW with groups for the weights, the learned scales and the token embedding.
+    """AdamW with groups for the weights, the learned scales, the token embedding and the learned masks.
 
     The embedding has a rate of its own because most of its rows are words that the speech never has: all
     they get is the noise of the softmax, which Adam would scale up to full steps.
@@ -179,10 +180,12 @@ def make_optimizer(student: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
         {"params": [], "peak": training.learning_rate, "weight_decay": training.weight_decay},
         {"params": [], "peak": training.scale_learning_rate, "weight_decay": 0.0},
         {"params": [], "peak": training.embedding_learning_rate, "weight_decay": 0.0},
+        {"params": [], "peak": training.mask_learning_rate, "weight_decay": 0.0},
     ]
+    endings = {"log_scale": 1, "logits": 3}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            group = 2 if id(parameter) in embedding else int(name.endswith("log_scale"))
+            group = 2 if id(parameter) in embedding else endings.get(name.rpartition(".")[2], 0)
             groups[group]["params"].append(parameter)
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=training.learning_rate, fused=True
@@ -244,14 +247,17 @@ def finetune(
         KeyboardInterrupt: after Ctrl-C; the step was finished and saved first.
     """
     training = recipe.training
-    accelerator = Accelerator()
+    # Learned masks take no part in the steps after they are frozen.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=recipe.student.masks == "gumbel")
+    accelerator = Accelerator(kwargs_handlers=[unused])
     device = accelerator.device
     # Not Accelerate's mixed precision: that is fixed for the life of the process, and bf16 needs no more.
     bf16 = autocast_precision(training.precision, device) == "bf16"
     student.to(device).train()
     teacher.to(device).eval()
     optimizer = make_optimizer(student, recipe)
-    masks = students.attach(student, optimizer)
+    moving = moving_steps(training.steps, freeze=recipe.student.mask_freeze)
+    masks = attach(student, optimizer, moving=moving)
     folder, log = CheckpointFolder(output / "checkpoints"), output / "train.jsonl"
     state: dict[str, Any] = {
         "step": 0,
@@ -263,7 +269,7 @@ def finetune(
     }
     state.update(folder.restore(student, optimizer) or {})
     first = int(state["step"])
-    masks.steps = first
+    masks.at(first)
     _cut_log(log, first)
 
     weights = LossWeights(
@@ -300,7 +306,8 @@ def finetune(
         with averaged(optimizer) if step < training.steps else nullcontext():
             wer = dev_wer(student)
             state["dev_wer"] = wer
-            if state["best_wer"] is None or wer <= state["best_wer"]:
+            # With more weights than the spec allows it would be the best, and could not be packed.
+            if masks.at_target and (state["best_wer"] is None or wer <= state["best_wer"]):
                 state["best_wer"], state["best_step"] = wer, step
                 save_student(output / "best", student, None, {"step": step, "dev_wer": wer})
         student.train()
@@ -309,11 +316,10 @@ def finetune(
     with _finish_step_on_signal() as stop_asked:
         for step in range(first, training.steps):
             started = time.perf_counter()
-            torch.manual_seed(hash((training.seed, step)) % 2**63)  # dropout, if the model has any
+            torch.manual_seed(hash((training.seed, step)) % 2**63)  # what the student draws; dropout
             share = rate(step, training.steps, warmup=training.warmup, final=training.final_rate)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * share
-            masks.frozen = masks_frozen(step, training.steps, freeze=recipe.student.mask_freeze)
             sums: dict[str, float] = {}
             for part in range(training.accumulate):
                 batch = _to_device(next(batches), adapter, recipe, device, step, part)

@@ -80,7 +80,9 @@ def run_spec(run: Path, recipe: Recipe) -> CompressionSpec:
 def student_options(recipe: Recipe) -> StudentOptions:
     """How the recipe wants scales and masks to behave."""
     wanted = recipe.student
-    return StudentOptions(wanted.scales, wanted.masks, wanted.mask_every, wanted.mask_decay)  # type: ignore[arg-type]
+    # Masks move while the student trains: without training they are those of the start.
+    masks = wanted.masks if recipe.training.steps else "fixed"
+    return StudentOptions(wanted.scales, masks, wanted.mask_every, wanted.mask_decay)  # type: ignore[arg-type]
 
 
 def _load_student(path: Path) -> Recognizer:

@@ -237,7 +237,20 @@ def packed_weight(
         pattern=parts.get("pattern"),
     )
     _check_values(weight, where)
+    if spec.quant is not None and spec.quant.grid == "ternary":
+        _check_ternary(weight.codes, where)
     return weight
+
+
+def _check_ternary(codes: Tensor, where: str) -> None:
+    """Refuses the fourth code of 2 bits, both of them set."""
+    for low, high in kernels.row_blocks(*codes.shape):
+        block = codes[low:high]
+        if bool((block & (block >> 1) & 0x55).any()):
+            raise PackedModelError(
+                "impossible ternary code", where=f"{where}.codes, rows {low} to {high - 1}",
+                expected="0, 1 or 2", found=3, remedy=_AGAIN,
+            )  # fmt: skip
 
 
 def _check_values(weight: kernels.PackedWeight, where: str) -> None:

@@ -25,6 +25,11 @@ MAX_SCALE = 65504.0
 _BLOCK_ELEMENTS = 1 << 17
 # Halvings of the interval in which the step for a rate is searched.
 _RATE_TRIES = 12
+# With less bits than this the best scale is far from the largest weight, and fitting it is worth the time.
+_FEW_BITS = 3
+_LEAST_FRACTION = 0.1
+# How often a scale is fitted to the codes, which then follow it.
+_FITS = 3
 
 
 def spread(per_group: Tensor, columns: int, group: int | None) -> Tensor:
@@ -79,17 +84,38 @@ def min_max(weight: Tensor, quant: Int, group: int | None) -> tuple[Tensor, Tens
         scale: float32 `[rows, groups]`, rounded as float16.
         zero: integer-valued float32 `[rows, groups]` if asymmetric, else None.
     """
+    scale = round_scale(_covering(weight, quant, group))
     if quant.symmetric:
-        peak = _grouped(weight, group, 0.0).abs().amax(dim=-1)
+        return scale, None
+    low = _grouped(weight, group, 0.0).amin(dim=-1).clamp(max=0.0)
+    return scale, (-low / scale).round().clamp(0, quant.max_code)
+
+
+def _covering(weight: Tensor, quant: Int, group: int | None) -> Tensor:
+    """The min-max scales before they are rounded."""
+    grouped = _grouped(weight, group, 0.0)
+    if quant.symmetric:
         # The integer grid reaches one step further below zero than above: cover the lesser side.
         reach = quant.zero if quant.grid == "midrise" else quant.max_code - quant.zero
-        return round_scale(peak / reach), None
-    grouped = _grouped(weight, group, 0.0)
+        return grouped.abs().amax(dim=-1) / reach
     # Zero must be a level: pruned weights and padding are zeros.
-    low, high = grouped.amin(dim=-1).clamp(max=0.0), grouped.amax(dim=-1).clamp(min=0.0)
-    scale = round_scale((high - low) / quant.max_code)
-    zero = (-low / scale).round().clamp(0, quant.max_code)
-    return scale, zero
+    return (grouped.amax(dim=-1).clamp(min=0.0) - grouped.amin(dim=-1).clamp(max=0.0)) / quant.max_code
+
+
+def following(scale: Tensor, weight: Tensor, quant: Int, group: int | None) -> Tensor:
+    """Min-max scales with a gradient to the weights that they are computed from: each group's largest.
+
+    Args:
+        scale: float32 `[rows, groups]`, as `min_max` gives it.
+        weight: float32 `[rows, columns]`, already pruned, with a gradient.
+        quant: the codes.
+        group: inputs per scale, or None.
+
+    Returns:
+        The same scales; what they add to the gradient takes the rounding to float16 as no rounding.
+    """
+    exact = _covering(weight, quant, group)
+    return scale + (exact - exact.detach())
 
 
 def min_error(
@@ -104,7 +130,11 @@ def min_error(
 ) -> tuple[Tensor, Tensor | None]:
     """Scales that minimise the squared rounding error of the kept weights.
 
-    Tries `candidates` fractions of the min-max scale and keeps the best for every group.
+    Tries `candidates` fractions of the min-max scale and keeps the best for every group. With 1 or 2 bits
+    it is then fitted to its codes by least squares. For one bit, whose codes are the signs, that is exact:
+    the levels become plus and minus the mean magnitude, as in XNOR-Net (arXiv 1603.05279) and the
+    binarized USM RNN-T (arXiv 2406.02887); for the ternary grid, a threshold at half the scale and the mean
+    of what lies above it (arXiv 1605.04711).
 
     Args:
         weight: float32 `[rows, columns]`, already pruned.
@@ -114,23 +144,31 @@ def min_error(
         importance: float32 `[columns]`, weights of the squared errors (such as the mean square of
             each input), or None for equal weights.
         candidates: how many fractions are tried.
-        smallest: the smallest fraction.
+        smallest: the smallest fraction; with 1 or 2 bits a tenth is tried too.
 
     Returns:
         As `min_max`.
     """
     full, zero = min_max(weight, quant, group)
     best, best_error = full, torch.full_like(full, float("inf"))
-    low = min(smallest, 1.0 / quant.max_code) if quant.bits < 3 else smallest
-    for fraction in torch.linspace(low, 1.0, candidates).tolist():
-        scale = round_scale(full * fraction)
-        error = (fake_quantize(weight, mask, scale, zero, quant, group) - weight).square_()
-        if importance is not None:
-            error *= importance
-        total = _grouped(error, group, 0.0).sum(dim=-1)
+
+    def sums(values: Tensor) -> Tensor:
+        return _grouped(values if importance is None else values * importance, group, 0.0).sum(dim=-1)
+
+    def keep_better(scale: Tensor) -> None:
+        nonlocal best, best_error
+        total = sums((fake_quantize(weight, mask, scale, zero, quant, group) - weight).square_())
         better = total < best_error
         best = torch.where(better, scale, best)
         best_error = torch.where(better, total, best_error)
+
+    low = min(smallest, _LEAST_FRACTION) if quant.bits < _FEW_BITS else smallest
+    for fraction in torch.linspace(low, 1.0, candidates).tolist():
+        keep_better(round_scale(full * fraction))
+    for _ in range(_FITS if quant.bits < _FEW_BITS else 0):
+        levels = fake_quantize(weight, mask, best, zero, quant, group) / spread(best, weight.shape[1], group)
+        # Where all levels are zero this is no number, and never better.
+        keep_better(round_scale(sums(levels * weight) / sums(levels.square())))
     return best, zero
 
 
@@ -165,7 +203,7 @@ def rate_scales(weight: Tensor, quant: Int, rate: float, octaves: Tensor | None 
 
 
 def quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, quant: Int, group: int | None) -> Tensor:
-    """Weights to codes: round(weight / scale + zero), clamped to 0 .. 2^bits - 1.
+    """Weights to codes: round(weight / scale + zero), clamped to 0 .. `quant.max_code`.
 
     Args:
         weight: float32 `[rows, columns]`.
@@ -204,13 +242,25 @@ def fake_quantize(
     return out if mask is None else torch.where(mask, out, torch.zeros_like(out))
 
 
+def add_noise(weight: Tensor, scale: Tensor, group: int | None) -> Tensor:
+    """The weight with uniform noise from -1/2 to 1/2 of a step, which stands in for rounding.
+
+    Args:
+        weight: float32 `[rows, columns]`.
+        scale: float32 `[rows, groups]`.
+        group: inputs per scale, or None.
+    """
+    return weight + torch.rand_like(weight).sub_(0.5) * spread(scale, weight.shape[1], group)
+
+
 class FakeQuantize(torch.autograd.Function):
-    """`fake_quantize` with gradients to the master weight and, if learned, to the log of the scale.
+    """`fake_quantize` with gradients to the master weight and to the scale, or to its log if that is learned.
 
     The weight's gradient passes straight through, also to pruned weights (a mask can only move if
     they learn), and stops where a kept weight is clipped, because moving it changes nothing. The
-    scale's gradient is that of learned step size quantization (LSQ, arXiv 1902.08153), times the
-    scale, because the parameter is the scale's logarithm: Adam's steps are then relative.
+    scale's gradient is that of learned step size quantization (LSQ, arXiv 1902.08153), but for one bit,
+    where LSQ's would shrink the scale below the mean magnitude, the exact one. That of a learned scale is
+    multiplied by it, because the parameter is the scale's logarithm: Adam's steps are then relative.
     """
 
     @staticmethod
@@ -253,8 +303,10 @@ class FakeQuantize(torch.autograd.Function):
         weight, scale, mask, zero = ctx.saved_tensors
         quant: Int = ctx.quant
         rows, columns = weight.shape
+        # One bit is the sign, which no scale changes: its value is the scale times a constant.
+        signs = quant.bits == 1 and quant.symmetric
         grad_weight = torch.empty_like(weight)
-        grad_scale = torch.empty_like(scale) if ctx.learned else None
+        grad_scale = torch.empty_like(scale) if ctx.learned or ctx.needs_input_grad[2] else None
         for low, high in _blocks(rows, columns, weight.device):
             block = grad_weight[low:high]
             block.copy_(grad[low:high])
@@ -266,7 +318,8 @@ class FakeQuantize(torch.autograd.Function):
             if grad_scale is not None:
                 code.clamp_(0, quant.max_code)
                 # d(value)/d(scale): the level where clipped, level minus position where not.
-                slope = torch.where(clipped, code - offset, code.sub_(position))
+                level = code - offset
+                slope = level if signs else torch.where(clipped, level, code.sub_(position))
                 slope.mul_(block)
                 if mask is not None:
                     slope.masked_fill_(~mask[low:high], 0.0)
@@ -275,11 +328,12 @@ class FakeQuantize(torch.autograd.Function):
             if mask is not None:
                 clipped &= mask[low:high]
             block.masked_fill_(clipped, 0.0)
-        if grad_scale is not None:
+        if grad_scale is not None and ctx.learned:
             kept = columns if mask is None else max(1, int(mask[0].sum()))
             per_group = kept if ctx.group is None else max(1, kept * ctx.group // columns)
             grad_scale.mul_(scale).mul_(1.0 / math.sqrt(per_group * quant.max_code))
-        return grad_weight, grad_scale, None, None, None, None, None, None
+        to_log, to_scale = (grad_scale, None) if ctx.learned else (None, grad_scale)
+        return grad_weight, to_log, to_scale, None, None, None, None, None
 
 
 def _blocks(rows: int, columns: int, device: torch.device) -> list[tuple[int, int]]:

@@ -88,8 +88,9 @@ class SpecRecipe:
     symmetric: bool = _key(True, "symmetric codes; otherwise each group stores a zero point")
     grid: str = _key(
         "integer",
-        "levels: 'integer' has a zero, 'midrise' lies around zero (good at 1 and 2 bits)",
-        choices=("integer", "midrise"),
+        "levels: 'integer' has a zero, 'midrise' lies around zero (good at 1 and 2 bits), 'ternary' is -1, 0 "
+        "and 1 times the scale (bits = 2)",
+        choices=("integer", "midrise", "ternary"),
     )
     embedding_bits: float = _key(
         0.0,
@@ -182,16 +183,21 @@ class StudentRecipe:
     )
     scales: str = _key(
         "learned",
-        "scales: min-max, min-error (searched clip) or learned (LSQ)",
-        choices=("min-max", "min-error", "learned"),
+        "scales: min-max, min-error (searched clip), learned (LSQ) or rand (min-max with a gradient to the "
+        "largest weights, and noise instead of rounding until mask_freeze)",
+        choices=("min-max", "min-error", "learned", "rand"),
     )
     masks: str = _key(
         "sr-ste",
-        "masks: fixed, periodic, or sr-ste (periodic, and pruned weights decay)",
-        choices=("fixed", "periodic", "sr-ste"),
+        "masks: fixed, periodic, sr-ste (periodic, and pruned weights decay), gradual (dense at first, "
+        "then N falls by one at a time to that of the spec, in equal parts until mask_freeze) or gumbel "
+        "(learned: patterns are drawn at random until mask_freeze; at most 16 patterns a group)",
+        choices=("fixed", "periodic", "sr-ste", "gradual", "gumbel"),
     )
-    mask_every: int = _key(5, "optimizer steps between mask updates")
-    mask_decay: float = _key(2.0, "decay of pruned weights per unit of learning rate (sr-ste)")
+    mask_every: int = _key(5, "optimizer steps between mask updates; a large number is few-shot pruning")
+    mask_decay: float = _key(
+        2.0, "decay of pruned weights per unit of learning rate (sr-ste and gradual); 0 for none"
+    )
     mask_freeze: float = _key(0.7, "masks stop moving after this share of the steps")
 
 
@@ -204,6 +210,9 @@ class TrainingRecipe:
     accumulate: int = _key(1, "batches whose gradients are added up for one step")
     learning_rate: float = _key(1e-4, "peak learning rate of the weights")
     scale_learning_rate: float = _key(1e-3, "peak learning rate of the learned scales' logarithms")
+    mask_learning_rate: float = _key(
+        0.02, "peak learning rate of learned masks' logits (gumbel); a mask starts 1.5 to 3 above the others"
+    )
     embedding_learning_rate: float = _key(
         0.0, "peak learning rate of the token embedding and its scales; 0 leaves them as they start"
     )
@@ -355,6 +364,7 @@ _LOWEST = {
     "training.attention": 0.0,
     "training.weight_decay": 0.0,
     "training.scale_learning_rate": 0.0,
+    "training.mask_learning_rate": 0.0,
     "training.embedding_learning_rate": 0.0,
     "student.mask_decay": 0.0,
     "data.max_wer": 0.0,

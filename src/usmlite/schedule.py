@@ -21,6 +21,29 @@ def rate(step: int, total: int, *, warmup: float, final: float) -> float:
     return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def masks_frozen(step: int, total: int, *, freeze: float) -> bool:
-    """Whether masks have stopped moving: after `freeze` of the run."""
-    return step >= freeze * total
+def moving_steps(total: int, *, freeze: float) -> int:
+    """After how many of the steps masks stop moving: after the share `freeze` of the run."""
+    return math.ceil(freeze * total)
+
+
+def temperature(progress: float) -> float:
+    """The temperature at which learned masks are drawn, from 1 to 0.05: first a search, then a choice.
+
+    Args:
+        progress: the share of the steps in which masks move that is over.
+    """
+    return float(0.05**progress)
+
+
+def kept_of(step: int, moving: int, n: int, m: int) -> int:
+    """How many of every M neighbours gradual masks keep: M, M - 1 and so on down to N, in equal parts.
+
+    Args:
+        step: steps already taken.
+        moving: steps in which masks move; afterwards it is N.
+        n: how many are kept in the end.
+        m: of how many.
+    """
+    if step >= moving:
+        return n
+    return m - step * (m - n + 1) // moving

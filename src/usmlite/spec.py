@@ -28,7 +28,8 @@ SCALE_BYTES = 2  # float16
 ZERO_POINT_BYTES = 1  # uint8
 FLOAT_BYTES = 2  # kept weights are stored as float16
 
-Grid = Literal["integer", "midrise"]
+Grid = Literal["integer", "midrise", "ternary"]
+GRIDS: tuple[Grid, ...] = ("integer", "midrise", "ternary")
 Kind = Literal["linear", "conv1d", "embedding", "positions"]
 KINDS: tuple[Kind, ...] = ("linear", "conv1d", "embedding", "positions")
 
@@ -39,7 +40,7 @@ def _is_integer(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Int:
-    """Integer codes of `bits` bits: weight = (code - zero) * scale, code in 0 .. 2^bits - 1.
+    """Integer codes of `bits` bits: weight = (code - zero) * scale, code in 0 .. `max_code`.
 
     Attributes:
         bits: 1 to 8.
@@ -48,6 +49,8 @@ class Int:
         grid: "integer" has a level at zero (zero = 2^(bits-1)); "midrise" puts zero between two
             levels (zero = (2^bits - 1) / 2), so that 2 bits give -1.5, -0.5, 0.5, 1.5 times the
             scale. One bit is always midrise: its two levels are plus and minus half the scale.
+            "ternary" has three of the four codes of 2 bits: -1, 0 and 1 times the scale. They take 2 bits
+            each where codes have a fixed width; entropy coding brings them below log2(3) = 1.58.
     """
 
     bits: int
@@ -63,13 +66,18 @@ class Int:
                 found=repr(self.bits),
                 remedy="Use 8, 4 or 3 bits if you are not sure.",
             )
-        if self.grid not in ("integer", "midrise"):
+        if self.grid not in GRIDS:
+            raise SpecError("unknown grid", where="grid", expected=", ".join(GRIDS), found=repr(self.grid))
+        if self.grid == "ternary" and self.bits != 2:
             raise SpecError(
-                "unknown grid", where="grid", expected="'integer' or 'midrise'", found=repr(self.grid)
+                "a ternary grid has codes of 2 bits",
+                where="grid",
+                expected="bits = 2",
+                found=f"bits = {self.bits}",
             )
-        if self.grid == "midrise" and not self.symmetric:
+        if self.grid != "integer" and not self.symmetric:
             raise SpecError(
-                "a midrise grid has no zero point",
+                f"a {self.grid} grid has no zero point",
                 where="grid",
                 expected="symmetric = true",
                 found="symmetric = false",
@@ -80,15 +88,17 @@ class Int:
 
     @property
     def max_code(self) -> int:
-        """The highest code, 2^bits - 1."""
-        return (1 << self.bits) - 1
+        """The highest code: 2^bits - 1, but 2 on the ternary grid."""
+        return 2 if self.grid == "ternary" else (1 << self.bits) - 1
 
     @property
     def zero(self) -> float:
         """The code that stands for zero on a symmetric grid (may lie between two codes)."""
-        return self.max_code / 2 if self.grid == "midrise" else float(1 << (self.bits - 1))
+        return float(1 << (self.bits - 1)) if self.grid == "integer" else self.max_code / 2
 
     def __str__(self) -> str:
+        if self.grid == "ternary":
+            return "ternary"
         suffix = "" if self.symmetric else " asymmetric"
         if self.grid == "midrise" and self.bits > 1:
             suffix = " midrise"
@@ -284,8 +294,8 @@ class LayerSpec:
         out: dict[str, Any] = {"bits": None if self.quant is None else self.quant.bits}
         if self.quant is not None and not self.quant.symmetric:
             out["symmetric"] = False
-        if self.quant is not None and self.quant.grid == "midrise" and self.quant.bits > 1:
-            out["grid"] = "midrise"
+        if self.quant is not None and self.quant.grid != "integer" and self.quant.bits > 1:
+            out["grid"] = self.quant.grid
         if self.sparsity is not None:
             out["sparsity"] = str(self.sparsity)
         if self.group is not None:
@@ -427,7 +437,7 @@ class CompressionSpec:
             sparsity: `NM(2, 4)`, "2:4", or None for dense.
             group: inputs per scale, or None for one scale per output channel.
             symmetric: see `Int`.
-            grid: see `Int`.
+            grid: see `Int`. A token embedding of other than 2 bits is not ternary but integer.
             embedding_bits: of token embeddings; a rate where codes are entropy-coded. None takes the least
                 whole number that spends no fewer bits on a weight than `bits` with `sparsity` do: 3 for
                 int4 with 2:4.
@@ -440,11 +450,12 @@ class CompressionSpec:
             embedding_bits = bits if nm is None else math.ceil(nm.bits_per_weight(bits))
         embedding = KEEP
         if embedding_bits is not None:
+            whole = math.ceil(embedding_bits)
             if coded and symmetric and group is None:
                 embedding = LayerSpec.at_rate(embedding_bits, column_scales=True)
             else:
-                quant_of = Int(math.ceil(embedding_bits), symmetric=symmetric, grid=grid)
-                embedding = LayerSpec(quant_of, None, group, True)
+                grid = "integer" if grid == "ternary" and whole != 2 else grid
+                embedding = LayerSpec(Int(whole, symmetric=symmetric, grid=grid), None, group, True)
         return cls(
             (
                 *first,

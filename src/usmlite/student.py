@@ -4,7 +4,7 @@
 whose forward pass uses the pruned, then quantized weight. Parameter names stay those of the teacher,
 so any loop (`finetune`, a user's own, the Transformers `Trainer`) trains it like any other model.
 
-Masks and their decay follow the optimizer's steps through `attach`.
+Masks and their decay follow the optimizer's steps through `masks.attach`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from torch import Tensor, nn
 
 from usmlite import quantize as q
 from usmlite.errors import ModelError, SpecError
+from usmlite.patterns import LearnedPatterns
+from usmlite.schedule import temperature
 from usmlite.sparsify import nm_mask
 from usmlite.spec import CompressionSpec, LayerSpec, matrix_shape
 
-ScaleRule = Literal["min-max", "min-error", "learned"]
-MaskRule = Literal["fixed", "periodic", "sr-ste"]
-SCALE_RULES: tuple[ScaleRule, ...] = ("min-max", "min-error", "learned")
-MASK_RULES: tuple[MaskRule, ...] = ("fixed", "periodic", "sr-ste")
+ScaleRule = Literal["min-max", "min-error", "learned", "rand"]
+MaskRule = Literal["fixed", "periodic", "sr-ste", "gradual", "gumbel"]
+SCALE_RULES: tuple[ScaleRule, ...] = ("min-max", "min-error", "learned", "rand")
+MASK_RULES: tuple[MaskRule, ...] = ("fixed", "periodic", "sr-ste", "gradual", "gumbel")
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,28 @@ class StudentOptions:
     Attributes:
         scales: "min-max" follows the largest pruned weight in every forward pass; "min-error"
             searches the clip with the least squared error at the start and at every mask update;
-            "learned" starts from min-error and is then trained (LSQ).
+            "learned" starts from min-error and is then trained (LSQ); "rand" is min-max with a gradient
+            through the scale: what rounding costs everywhere in a group is charged to its largest weight,
+            which decays where that is too much (robustness-aware norm decay, arXiv 2305.15536). Until masks
+            are frozen the student is given uniform noise, one step wide, instead of rounding.
         masks: "fixed" once at the start; "periodic" recomputed every `mask_every` optimizer steps;
             "sr-ste" the same, and pruned weights decay towards zero (arXiv 2102.04010, with the
-            decay in the optimizer step as arXiv 2302.01172 advises).
+            decay in the optimizer step as arXiv 2302.01172 advises); "gradual" dense at first, then N
+            falls by one at a time to that of the spec (`schedule.kept_of`), pruned weights decay; "gumbel"
+            learned: drawn at random in every forward pass of training until they are frozen (`patterns`).
         mask_every: optimizer steps between mask updates.
-        mask_decay: the decay of pruned weights, per unit of learning rate.
+        mask_decay: the decay of pruned weights, per unit of learning rate; 0 for none.
     """
 
     scales: ScaleRule = "learned"
     masks: MaskRule = "sr-ste"
     mask_every: int = 1
     mask_decay: float = 2.0
+
+    @property
+    def covering(self) -> bool:
+        """Whether scales always follow the largest weights, so that nothing is clipped and none is stored."""
+        return self.scales in ("min-max", "rand")
 
     def __post_init__(self) -> None:
         for name, value, known in (("scales", self.scales, SCALE_RULES), ("masks", self.masks, MASK_RULES)):
@@ -80,6 +92,11 @@ class WeightCompression(nn.Module):
         log_scale: float32 `[rows, groups]` parameter, the logarithm of learned scales; else None.
         scale: float32 `[rows, groups]` buffer of searched scales; else None.
         zero: float32 `[rows, groups]` buffer of integer zero points; None if symmetric.
+        sparsity: the N:M that masks are chosen with now, None for dense: the spec's, but for gradual
+            masks on their way there.
+        progress: the share of the moving part of training that is over; None where that is over or has not
+            begun, and nothing is drawn at random.
+        patterns: the logits of learned masks; else None.
         column_scale: float32 `[columns]` buffer, exact in float16, chosen at the start; None without
             column scales. Masks, scales and codes are those of the weight divided by it.
         importance: float32 `[columns]` buffer that weighs the inputs when masks are chosen and
@@ -106,6 +123,8 @@ class WeightCompression(nn.Module):
         self.spec = spec
         self.options = options
         self.octaves = octaves
+        self.sparsity = spec.sparsity
+        self.progress: float | None = None
         self.shape = weight.shape
         rows, columns = matrix_shape(weight.shape)
         device = weight.device
@@ -116,6 +135,9 @@ class WeightCompression(nn.Module):
         ones = torch.ones(columns, device=device)
         self.register_buffer("importance", ones)
         self.register_buffer("column_scale", ones.clone() if spec.column_scales else None)
+        self.patterns: LearnedPatterns | None = None
+        if options.masks == "gumbel" and spec.sparsity is not None:
+            self.patterns = LearnedPatterns(rows, columns, spec.sparsity, device)
         self.log_scale: nn.Parameter | None = None
         quant = spec.quant
         if quant is not None:
@@ -126,7 +148,7 @@ class WeightCompression(nn.Module):
                 self.log_scale = nn.Parameter(torch.zeros(rows, groups, device=device))
             elif options.scales == "min-error":
                 self.scale = torch.ones(rows, groups, device=device)
-            if not quant.symmetric and options.scales != "min-max":
+            if not quant.symmetric and not options.covering:
                 self.zero = torch.zeros(rows, groups, device=device)
         if start:
             self.start(weight)
@@ -136,20 +158,33 @@ class WeightCompression(nn.Module):
         """Chooses mask and scales afresh for this weight."""
         if self.column_scale is not None:
             self.column_scale.copy_(q.column_scales(to_matrix(weight.detach()).float()))
-        self.update_mask(weight)
+        if self.mask is not None:
+            self.set_mask(self._largest(weight))
         self._search_scales(weight)
 
     @torch.no_grad()
     def update_mask(self, weight: Tensor) -> int:
-        """Keeps the N largest weights of every M; returns how many mask entries changed."""
-        if self.spec.sparsity is None:
+        """Keeps the N largest weights of every M, or the likeliest; returns how many mask entries changed."""
+        if self.mask is None:
             return 0
-        assert self.mask is not None
-        scores = self.matrix(weight.detach()).float().abs() * self.importance.sqrt()
-        mask = nm_mask(scores, self.spec.sparsity)
+        mask = self._largest(weight) if self.patterns is None else self.patterns.likeliest()
         changed = int((mask != self.mask).sum())
         self.mask.copy_(mask)
         return changed
+
+    def _largest(self, weight: Tensor) -> Tensor:
+        scores = self.matrix(weight.detach()).float().abs() * self.importance.sqrt()
+        if self.sparsity is None:
+            return torch.ones_like(scores, dtype=torch.bool)
+        return nm_mask(scores, self.sparsity)
+
+    @torch.no_grad()
+    def set_mask(self, mask: Tensor) -> None:
+        """Takes a given mask, bool `[rows, columns]`, as the present one; learned patterns start from it."""
+        assert self.mask is not None
+        self.mask.copy_(mask)
+        if self.patterns is not None:
+            self.patterns.start(mask)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The weight as `[rows, columns]`, divided by its column scales: what is pruned and quantized."""
@@ -167,7 +202,7 @@ class WeightCompression(nn.Module):
         if rated is not None:
             self.set_scales(rated, None)
             return
-        if quant is None or self.options.scales == "min-max":
+        if quant is None or self.options.covering:
             return
         uniform = bool((self.importance == self.importance[0]).all())
         scale, zero = q.min_error(
@@ -214,12 +249,13 @@ class WeightCompression(nn.Module):
             return self.scale, self.zero
         return q.min_max(self._pruned(weight), quant, self.spec.group)
 
-    def forward(self, weight: Tensor, rows: Tensor | None = None) -> Tensor:
-        """The weight as the packed model will have it.
+    def forward(self, weight: Tensor, rows: Tensor | None = None, *, settled: bool = False) -> Tensor:
+        """The weight as the packed model will have it; while masks are learned or noise is added, as drawn.
 
         Args:
             weight: the master weight; with `rows`, only those rows of it, gathered.
             rows: int64 `[count]`, which rows of the full weight these are (embedding look-ups).
+            settled: draw nothing at random, as in evaluation.
 
         Returns:
             A tensor of the weight's shape, in the autocast dtype if autocast is on.
@@ -231,21 +267,40 @@ class WeightCompression(nn.Module):
         def select(values: Tensor | None) -> Tensor | None:
             return values if values is None or rows is None else values[rows]
 
-        matrix, mask, quant = self.matrix(weight), select(self.mask), self.spec.quant
+        progress = self.progress if self.training and not settled else None
+        matrix, mask, quant, drawn = self.matrix(weight), select(self.mask), self.spec.quant, None
+        # Patterns that do not learn would be noise.
+        if self.patterns is not None and progress is not None and self.patterns.logits.requires_grad:
+            drawn = self.patterns.draw(temperature(progress), rows)
+            mask = drawn > 0
         if quant is None:
             out = _round_to_half(matrix)
-            out = out if mask is None else _mask_straight_through(out, mask)
+            if mask is not None:
+                out = _mask_straight_through(out, mask) if drawn is None else out * drawn
             out = out.to(dtype)
         else:
             log_scale, scale, zero = select(self.log_scale), None, None
             if self.log_scale is None and self.scale is None:
                 pruned = matrix.detach() if mask is None else matrix.detach().masked_fill(~mask, 0.0)
                 scale, zero = q.min_max(pruned, quant, self.spec.group)
+                if self.options.scales == "rand" and weight.requires_grad:
+                    pruned = matrix if mask is None else matrix.masked_fill(~mask, 0.0)
+                    scale = q.following(scale, pruned, quant, self.spec.group)
             else:
                 scale, zero = select(self.scale), select(self.zero)
             # Column scales multiply last, in float32, as a reader of the packed model does it.
             inner = dtype if self.column_scale is None else torch.float32
-            out = _fake_quantize(matrix, log_scale, scale, mask, zero, quant, self.spec.group, inner)
+            # A drawn mask is a factor, so that it gets a gradient; weights that it prunes get none.
+            fixed = mask if drawn is None else None
+            # What does not train would be made no more robust by noise.
+            if self.options.scales == "rand" and progress is not None and weight.requires_grad:
+                assert scale is not None
+                out = q.add_noise(matrix, scale, self.spec.group).to(inner)
+                out = out if fixed is None else _mask_straight_through(out, fixed)
+            else:
+                out = _fake_quantize(matrix, log_scale, scale, fixed, zero, quant, self.spec.group, inner)
+            if drawn is not None:
+                out = out * drawn.to(inner)
             if self.column_scale is not None:
                 out = (out * self.column_scale).to(dtype)
         return from_matrix(out, weight.shape)
@@ -468,7 +523,7 @@ def compressed_layers(student: nn.Module) -> Iterator[tuple[str, CompressedLayer
 def fake_quantized(layer: CompressedLayer) -> Tensor:
     """The weight that the packed model will hold, float32, of the layer's weight's shape."""
     with torch.no_grad(), torch.autocast(layer.weight.device.type, enabled=False):
-        return cast(Tensor, layer.compression(layer.weight))
+        return cast(Tensor, layer.compression(layer.weight, settled=True))
 
 
 @torch.no_grad()
@@ -494,87 +549,15 @@ def dense_equivalent(student: nn.Module, teacher: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def update_masks(student: nn.Module) -> float:
-    """Recomputes every mask from the present weights; returns the share of entries that changed."""
-    changed = total = 0
-    for _, layer in compressed_layers(student):
-        if layer.compression.mask is not None:
-            changed += layer.compression.update(layer.weight)
-            total += layer.weight.numel()
-    return changed / total if total else 0.0
-
-
-@torch.no_grad()
-def decay_pruned(student: nn.Module, rate: float) -> None:
-    """Shrinks pruned master weights by the factor 1 - rate (SR-STE's decay, decoupled)."""
-    for _, layer in compressed_layers(student):
-        mask = layer.compression.mask
-        if mask is not None:
-            matrix = to_matrix(layer.weight)
-            shrunk = torch.where(mask, matrix, matrix * (1.0 - rate))
-            layer.weight.copy_(from_matrix(shrunk, layer.weight.shape))
-
-
-class MaskUpdater:
-    """Moves a student's masks after optimizer steps. Made by `attach`.
-
-    Attributes:
-        steps: optimizer steps seen.
-        frozen: set it to stop all movement; masks then stay as they are.
-        churn: share of mask entries that the last update changed.
-    """
-
-    def __init__(self, student: nn.Module) -> None:
-        self.student = student
-        self.steps = 0
-        self.frozen = False
-        self.churn = 0.0
-        options = {layer.compression.options for _, layer in compressed_layers(student)}
-        self.options = next(iter(options)) if options else StudentOptions(masks="fixed")
-
-    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Decays pruned weights and updates the masks when they are due."""
-        self.steps += 1
-        if self.frozen or self.options.masks == "fixed":
-            return
-        if self.options.masks == "sr-ste":
-            rate = max(group["lr"] for group in optimizer.param_groups) * self.options.mask_decay
-            decay_pruned(self.student, rate)
-        if self.steps % self.options.mask_every == 0:
-            self.churn = update_masks(self.student)
-
-
-def attach(student: nn.Module, optimizer: torch.optim.Optimizer) -> MaskUpdater:
-    """Lets the student's masks follow this optimizer's steps, in any training loop.
-
-    Example:
-        student = make_student(...)
-        optimizer = torch.optim.AdamW(student.parameters(), lr=3e-4)
-        attach(student, optimizer)
-        # then loss.backward(); optimizer.step() as always
-
-    Returns:
-        The updater, whose `frozen` stops the masks for the last part of training.
-    """
-    updater = MaskUpdater(student)
-
-    def hook(done: torch.optim.Optimizer, args: object, kwargs: object) -> None:
-        updater.after_step(done)
-
-    optimizer.register_step_post_hook(hook)
-    return updater
-
-
-@torch.no_grad()
 def round_kept(student: nn.Module) -> None:
     """Rounds the tensors that are stored as they are to float16, as the packed file holds them.
 
     Called once when training ends, so that the student that is evaluated equals what ships.
     """
     compressed = {id(layer.weight) for _, layer in compressed_layers(student)}
-    scales = {id(layer.compression.log_scale) for _, layer in compressed_layers(student)}
+    own = {id(p) for _, layer in compressed_layers(student) for p in layer.compression.parameters()}
     for parameter in student.parameters():
-        if id(parameter) not in compressed and id(parameter) not in scales:
+        if id(parameter) not in compressed and id(parameter) not in own:
             parameter.copy_(parameter.clamp(-q.MAX_SCALE, q.MAX_SCALE).half())
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from usmlite import kernels, packfile
 from usmlite.pack import pack_layer
+from usmlite.patterns import MAX_PATTERNS
 from usmlite.spec import NM, Int, LayerSpec, matrix_shape
 from usmlite.student import (
     MASK_RULES,
@@ -25,7 +26,9 @@ from usmlite.student import (
 @st.composite
 def ints(draw: st.DrawFn) -> Int:
     bits = draw(st.integers(1, 8))
-    kind = draw(st.sampled_from(["symmetric", "asymmetric", "midrise"]))
+    kind = draw(st.sampled_from(["symmetric", "asymmetric", "midrise", "ternary"]))
+    if kind == "ternary":
+        return Int(2, grid="ternary")
     return Int(bits, symmetric=kind != "asymmetric", grid="midrise" if kind == "midrise" else "integer")
 
 
@@ -82,6 +85,8 @@ def assert_same_bits(found: Tensor, expected: Tensor) -> None:
 def test_unpacked_equals_fake_quantized(
     weight: Tensor, spec: LayerSpec, scales: str, masks: str, moved: bool
 ) -> None:
+    if masks == "gumbel" and spec.sparsity is not None and spec.sparsity.patterns > MAX_PATTERNS:
+        masks = "fixed"
     layer = layer_of(weight, spec, StudentOptions(scales=scales, masks=masks))  # type: ignore[arg-type]
     if moved:
         # The weights have moved since masks and scales were chosen, as in training.
@@ -89,6 +94,9 @@ def test_unpacked_equals_fake_quantized(
             layer.weight.mul_(1.37).add_(0.01)
             if layer.compression.log_scale is not None:
                 layer.compression.log_scale.add_(0.05)
+            if layer.compression.patterns is not None:
+                layer.compression.patterns.logits.normal_()
+                layer.compression.update_mask(layer.weight)
 
     parts = pack_layer("layer", layer)
 

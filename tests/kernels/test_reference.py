@@ -33,6 +33,7 @@ SPECS = [
     LayerSpec(Int(4), NM(2, 4)),
     LayerSpec(Int(3, symmetric=False), NM(1, 4), 12),
     LayerSpec(Int(2, grid="midrise"), NM(4, 8), 32),
+    LayerSpec(Int(2, grid="ternary"), NM(2, 4), 16),
     LayerSpec(Int(8, symmetric=False), None, 16),
     LayerSpec(Int(8, grid="midrise"), NM(5, 7)),
     LayerSpec(None, NM(2, 4)),
