@@ -17,6 +17,7 @@ from usmlite.allocate import (
     Candidate,
     WeightAllocation,
     _coded_bytes,
+    _Loss,
     _measured,
     allocate,
     choose,
@@ -63,17 +64,43 @@ def test_a_budget_beyond_reach_names_the_least() -> None:
         choose([weight("a", (5, 1.0), (9, 0.1)), weight("b", (7, 2.0))], 11)
 
 
-@pytest.fixture(scope="module")
-def measured() -> tuple[Allocation, torch.nn.Module, dict[str, torch.Tensor]]:
-    model, adapter = small_teacher()
-    before = copy.deepcopy(model.state_dict())
+def batch_of_two() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(4)
     ids = torch.randint(0, 250, (2, 12), generator=generator)
-    batch = {
+    return {
         "input_features": torch.randn(2, 8, 3000, generator=generator),
         "decoder_input_ids": ids,
         "labels": torch.where(torch.arange(12) < 9, ids, -100),
     }
+
+
+@pytest.mark.parametrize("name", ["model.encoder.layers.0.fc1", "model.decoder.layers.0.encoder_attn.q_proj"])
+def test_the_loss_rises_by_the_divergence_of_the_whole_model(name: str) -> None:
+    model, _ = small_teacher()
+    batch = batch_of_two()
+    module = model.get_submodule(name)
+    changed = module.weight.detach() + 3.0 * torch.randn(module.weight.shape)
+    moments = Moments(torch.zeros(0), torch.zeros(module.in_features), None, 1)
+    found = _Loss(model, [batch], None).rise(module, changed, moments)
+
+    def words(model: torch.nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return model(**batch).logits[batch["labels"] != -100].log_softmax(-1)
+
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.get_submodule(name).weight.copy_(changed)
+    one, two = words(model), words(other)
+    expected = (one.exp() * (one - two)).sum(-1).mean().item()
+    assert expected > 1e-6
+    assert found == pytest.approx(expected, rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def measured() -> tuple[Allocation, torch.nn.Module, dict[str, torch.Tensor]]:
+    model, adapter = small_teacher()
+    before = copy.deepcopy(model.state_dict())
+    batch = batch_of_two()
     kinds = {name.removesuffix(".weight"): kind for name, kind in adapter.compressible(model).items()}
     told: list[str] = []
     found = allocate(model, kinds, [batch], 60_000, progress=lambda stage, done, total: told.append(stage))

@@ -415,29 +415,63 @@ def _problem(module: nn.Module, moments: Moments, *, column_scales: bool) -> Pro
 
 
 class _Loss:
-    """How far the model's words are from the dense model's, on a few batches."""
+    """How far the model's words are from the dense model's, on a few batches.
+
+    The encoder's states are kept: most weights are a decoder's, and leave them as they are.
+    """
 
     def __init__(
         self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]], autocast: torch.dtype | None
     ) -> None:
         self.model, self.batches, self.autocast = model, batches, autocast
-        self.reference = [self._words(batch) for batch in batches]
-
-    @torch.no_grad()
-    def _words(self, batch: Mapping[str, Tensor]) -> Tensor:
-        was_training = self.model.training
-        words = _log_probabilities(self.model.eval(), batch, self.autocast)
-        self.model.train(was_training)
-        return words
+        self.encoder: nn.Module = cast(Any, model).get_encoder()
+        self.inside = {id(module) for module in self.encoder.modules()}
+        self.states = [self._states(batch) for batch in batches]
+        self.words: list[Tensor] = []
+        self.entropies: list[Tensor] = []
+        for batch, states in zip(batches, self.states, strict=True):
+            logarithms = self._logits(batch, states).log_softmax(dim=-1)
+            self.words.append(logarithms.exp())
+            self.entropies.append(-(self.words[-1] * logarithms).sum(dim=-1))
 
     @torch.no_grad()
     def rise(self, module: nn.Module, matrix: Tensor, moments: Moments) -> float:
         """The mean KL divergence, nats per token, with another weight in this module."""
         total = 0.0
         with _exchanged(module, matrix, moments):
-            for batch, reference in zip(self.batches, self.reference, strict=True):
-                total += float((reference.exp() * (reference - self._words(batch))).sum(dim=-1).mean())
-        return total / len(self.batches)
+            for number, batch in enumerate(self.batches):
+                states = self._states(batch) if id(module) in self.inside else self.states[number]
+                logits = self._logits(batch, states)
+                crossed = logits.logsumexp(dim=-1) - (self.words[number] * logits).sum(dim=-1)
+                total += float((crossed - self.entropies[number]).mean())
+        return max(0.0, total / len(self.batches))
+
+    @torch.no_grad()
+    def _states(self, batch: Mapping[str, Tensor]) -> Tensor:
+        with self._running() as device:
+            return cast(Tensor, self.encoder(batch["input_features"].to(device)).last_hidden_state)
+
+    @torch.no_grad()
+    def _logits(self, batch: Mapping[str, Tensor], states: Tensor) -> Tensor:
+        """At the scored positions, float32 `[positions, vocabulary]`."""
+        model: Any = self.model
+        with self._running() as device:
+            rest = {
+                name: value.to(device)
+                for name, value in batch.items()
+                if name not in ("input_features", "labels")
+            }
+            out = model.base_model(**rest, encoder_outputs=(states,), use_cache=False).last_hidden_state
+            logits = model.get_output_embeddings()(out[batch["labels"].to(device) != IGNORED])
+        return cast(Tensor, logits.float())
+
+    @contextmanager
+    def _running(self) -> Iterator[torch.device]:
+        device, was_training = next(self.model.parameters()).device, self.model.training
+        self.model.eval()
+        with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            yield device
+        self.model.train(was_training)
 
 
 @torch.no_grad()
@@ -449,16 +483,6 @@ def _sensitivity(module: nn.Module, kind: str, moments: Moments, loss: _Loss) ->
     error = relative_error(problem.matrix, rounded, problem.cost)
     dense = rounded if problem.column_scale is None else rounded * problem.column_scale
     return loss.rise(module, dense, moments) / max(error, _LEAST_ERROR)
-
-
-def _log_probabilities(model: nn.Module, batch: Mapping[str, Tensor], autocast: torch.dtype | None) -> Tensor:
-    """Of the words at the scored positions, float32 `[positions, vocabulary]`."""
-    device = next(model.parameters()).device
-    inputs = {name: value.to(device) for name, value in batch.items()}
-    scored = inputs.pop("labels") != IGNORED
-    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-        logits = cast(Tensor, model(**inputs, use_cache=False).logits)[scored]
-    return logits.float().log_softmax(dim=-1)
 
 
 @contextmanager
