@@ -312,6 +312,10 @@ def finetune(
                 save_student(output / "best", student, None, {"step": step, "dev_wer": wer})
         student.train()
 
+    if first == 0:
+        # Where the start is good already, a short training may not better it.
+        students.round_kept(student)
+        evaluate_now(0)
     recent: list[float] = []
     with _finish_step_on_signal() as stop_asked:
         for step in range(first, training.steps):
