@@ -36,11 +36,12 @@ def update_masks(student: torch.nn.Module) -> float:
 
 
 @torch.no_grad()
-def decay_pruned(student: torch.nn.Module, rate: float) -> None:
-    """Shrinks pruned master weights by the factor 1 - rate (SR-STE's decay, decoupled)."""
+def decay_pruned(student: torch.nn.Module, decay: float, optimizer: torch.optim.Optimizer) -> None:
+    """Shrinks pruned master weights by decay times their own learning rate (SR-STE's decay, decoupled)."""
+    rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
     for _, layer in compressed_layers(student):
-        mask = layer.compression.mask
-        if mask is not None:
+        mask, rate = layer.compression.mask, decay * rates.get(id(layer.weight), 0.0)
+        if mask is not None and rate:
             matrix = to_matrix(layer.weight)
             shrunk = torch.where(mask, matrix, matrix * (1.0 - rate))
             layer.weight.copy_(from_matrix(shrunk, layer.weight.shape))
@@ -110,8 +111,7 @@ class MaskUpdater:
         if self.options.masks == "fixed":
             return
         if self.options.masks in _DECAYING:
-            rate = max(group["lr"] for group in optimizer.param_groups) * self.options.mask_decay
-            decay_pruned(self.student, rate)
+            decay_pruned(self.student, self.options.mask_decay, optimizer)
         settling = self.options.masks == "gumbel" and self.frozen
         if self.steps % self.options.mask_every == 0 or self._sparsities() != before or settling:
             self.churn = update_masks(self.student)

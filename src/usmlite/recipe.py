@@ -196,7 +196,7 @@ class StudentRecipe:
     )
     mask_every: int = _key(5, "optimizer steps between mask updates; a large number is few-shot pruning")
     mask_decay: float = _key(
-        2.0, "decay of pruned weights per unit of learning rate (sr-ste and gradual); 0 for none"
+        10.0, "decay of pruned weights per unit of learning rate (sr-ste and gradual); 0 for none"
     )
     mask_freeze: float = _key(0.7, "masks stop moving after this share of the steps")
 

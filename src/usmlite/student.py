@@ -53,7 +53,7 @@ class StudentOptions:
     scales: ScaleRule = "learned"
     masks: MaskRule = "sr-ste"
     mask_every: int = 1
-    mask_decay: float = 2.0
+    mask_decay: float = 10.0
 
     @property
     def covering(self) -> bool:
