@@ -135,7 +135,7 @@ def test_coded_bytes_are_close_to_those_that_coding_takes() -> None:
         kept = codes.flatten() if solution.mask is None else codes[solution.mask]
         coded = len(entropy.encode(kept.numpy(), spec.quant.bits))
         expected = spec.bytes(512, 256) - spec.sizes(512, 256)["codes"] + coded
-        assert _coded_bytes(kept, spec, 512, 256, tables=1) == pytest.approx(1.02 * expected, rel=0.01)
+        assert _coded_bytes(kept, spec, 512, 256) == pytest.approx(1.02 * expected, rel=0.01)
 
 
 def test_at_equal_bytes_a_rate_errs_less_than_bits() -> None:

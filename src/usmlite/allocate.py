@@ -41,8 +41,9 @@ _RATES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.5, 
 _MOST_PRUNED_BITS = 4
 # Rows of a weight on which a candidate's error is measured.
 _SAMPLE_ROWS = 96
-# Training moves weights and scales, and with them the frequencies of codes.
-_CODED_MARGIN = 1.02
+# Training moves weights and scales, and with them the frequencies of codes; hardly those of tables, which are
+# counted whole and seldom trained.
+_CODED_MARGIN, _TABLE_MARGIN = 1.02, 1.003
 # Coarse enough for the loss to rise well above the noise of bf16, not so coarse that the model breaks.
 _PROBE = Int(3)
 # Batches on which the rise of the loss is measured: a few hundred words.
@@ -356,7 +357,7 @@ def _measured(
             if coded and spec.quant is not None and solution.scale is not None:
                 codes = q.quantize(solution.values, solution.scale, solution.zero, spec.quant, spec.group)
                 kept = codes.flatten() if solution.mask is None else codes[solution.mask]
-                size = _coded_bytes(kept, spec, rows, columns, tables=1)
+                size = _coded_bytes(kept, spec, rows, columns)
             yield Candidate(spec, size, error, sensitivity * error)
 
 
@@ -388,19 +389,21 @@ def _measured_table(
         if coded:
             codes = q.quantize(rounded, scale, zero, quant, spec.group)
             tables = entropy.best_tables(codes.numpy(), quant.bits)
-            size = _coded_bytes(codes, spec, rows, columns, tables=tables)
+            size = _coded_bytes(codes, spec, rows, columns, tables=tables, margin=_TABLE_MARGIN)
         error = relative_error(problem.matrix, rounded, problem.cost)
         dense = rounded if problem.column_scale is None else rounded * problem.column_scale
         yield Candidate(spec, size, error, loss.rise(module, dense, moments))
 
 
-def _coded_bytes(codes: Tensor, spec: LayerSpec, rows: int, columns: int, *, tables: int) -> int:
+def _coded_bytes(
+    codes: Tensor, spec: LayerSpec, rows: int, columns: int, *, tables: int = 1, margin: float = _CODED_MARGIN
+) -> int:
     """What a weight takes with entropy-coded codes, going by some of the stored ones."""
     assert spec.quant is not None
     parts, bits = spec.sizes(rows, columns), spec.quant.bits
     stored = spec.stored_columns(columns)
     share = entropy.entropy_of(entropy.count_codes(codes.cpu().numpy(), bits, tables))
-    coded = math.ceil(_CODED_MARGIN * entropy.coded_bytes(rows * stored, bits, share, tables))
+    coded = math.ceil(margin * entropy.coded_bytes(rows * stored, bits, share, tables))
     return sum(parts.values()) - parts["codes"] + min(rows * math.ceil(stored * bits / 8), coded)
 
 

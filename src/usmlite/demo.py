@@ -112,7 +112,7 @@ def closing_words(report: dict[str, Any], packed: Path, example: Utterance, seco
 {before} in float32 became {after} ({100 * report["size"]:.1f} %) in {seconds / 60:.1f} minutes.
 Word error rate on held-out synthetic sentences: {dense:.1f} % before, {small:.1f} % after.
 
-The layers are int4 with 2:4, the token embedding int3 and not pruned: the spec of the README's headline.
+The layers are int4 with 2:4, the token embedding takes 3 bits and is not pruned.
 
 The speech was synthetic: one computer voice. The model has learned that voice, and lost some of what it
 knew of real ones. Results on real speech (LibriSpeech), after longer training, are in results/ and in the
