@@ -34,7 +34,12 @@ def test_the_figure_shows_every_measured_model() -> None:
     assert sorted(text.get_text() for text in axes.texts) == ["int3", "int4", "int8", "same", "worse"]
     legend = axes.get_legend()
     assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == ["Pareto front", "dense", "dense", "2:4"]
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "Pareto front",
+        "dense, float32",
+        "dense",
+        "2:4",
+    ]
     assert (axes.get_xscale(), axes.get_yscale()) == ("linear", "linear")
 
 

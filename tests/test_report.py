@@ -109,7 +109,7 @@ def test_markdown_table() -> None:
     more = markdown_table(
         [rows[0], replace(rows[1], seconds=90.0, equal="int2 (9.00 MB): 12.00")]
     ).splitlines()
-    assert more[0].endswith("| p | minutes | dense of about equal bytes: WER % |")
+    assert more[0].endswith("| p | minutes | dense of nearest bytes: WER % |")
     assert more[2].endswith("|  |  |  |  |")
     assert more[3].endswith("| 0.0002 | 1.5 | int2 (9.00 MB): 12.00 |")
 

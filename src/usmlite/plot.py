@@ -64,11 +64,13 @@ def wer_against_bytes(groups: Mapping[str, Sequence[ResultRow]], dense: Sequence
     axes.plot(
         [row.weights_bytes / 1e6 for row in front],
         [100 * (row.wer or 0.0) for row in front],
-        color="0.5", linewidth=1, zorder=0, label="Pareto front",
+        color="0.5", linewidth=1, zorder=1, label="Pareto front",
     )  # fmt: skip
     for row in dense:
         if row.wer is not None:
-            axes.axhline(100 * row.wer, color="black", linestyle="--", linewidth=1, label=row.name)
+            axes.axhline(
+                100 * row.wer, color="black", linestyle="--", linewidth=1, label=f"{row.name}, float32"
+            )
             if row.ci95 is not None:
                 low, high = (100 * value for value in row.ci95)
                 axes.axhspan(low, high, color="black", alpha=0.08, linewidth=0)
@@ -83,6 +85,7 @@ def wer_against_bytes(groups: Mapping[str, Sequence[ResultRow]], dense: Sequence
         _plain_ticks(axes.yaxis)
     axes.set_xlabel("weights file, MB")
     axes.set_ylabel("WER, % (95 % interval)")
+    axes.set_axisbelow(True)
     axes.grid(visible=True, which="both", color="0.92", linewidth=0.5)
     axes.legend(fontsize=7)
     return figure

@@ -93,7 +93,7 @@ class ResultRow:
         relative_ci95: its 95 % confidence interval, paired.
         p_value: of the difference, two-sided.
         seconds: wall time of the run.
-        equal: in words, the dense model of about equal bytes and its WER; None where there is none.
+        equal: in words, the dense model of nearest bytes, these, and its WER; None where there is none.
     """
 
     name: str
@@ -214,7 +214,7 @@ def markdown_table(rows: Sequence[ResultRow]) -> str:
         "model", "file, MB", "% of float32", "steps", "WER % (95 % interval)", "against dense, relative", "p",
     ]  # fmt: skip
     timed, equalled = any(row.seconds is not None for row in rows), any(row.equal for row in rows)
-    headings += ["minutes"] * timed + ["dense of about equal bytes: WER %"] * equalled
+    headings += ["minutes"] * timed + ["dense of nearest bytes: WER %"] * equalled
     lines = [headings, ["---", *["--:"] * (len(headings) - 1)]]
     for row in rows:
         cells = [
