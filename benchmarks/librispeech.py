@@ -3,8 +3,9 @@
     python benchmarks/librispeech.py --data LIBRISPEECH --runs runs
     python benchmarks/librispeech.py --table
 
-LIBRISPEECH holds train/, dev/ and test/, each a corpus as `usmlite` reads them. The runs resume where they
-were cut off, and a result that is there is not made again, so the first command may be repeated. Checkpoints
+LIBRISPEECH holds train/, dev/ and test/, each a corpus as `usmlite` reads them. It is a
+sweep (`usmlite.sweep`) and then the measurement: runs resume where they were cut off, and a result that is
+there is not made again, so the first command may be repeated. Checkpoints
 are chosen on dev; test is only measured. `--table` rewrites the README's table from results/librispeech.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,15 @@ import torch
 from rich.console import Console
 
 from usmlite.atomic import write_bytes, write_json
-from usmlite.compress import ALLOCATION_FILE, compress
+from usmlite.compress import ALLOCATION_FILE
 from usmlite.data import load_corpus
 from usmlite.evaluate import Evaluation, compare, evaluate
+from usmlite.grid import expand
 from usmlite.load import load
 from usmlite.models import load_teacher
 from usmlite.recipe import load_recipe
+from usmlite.report import ResultRow, markdown_table, measured_line
+from usmlite.sweep import sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES, RESULTS, README = (
@@ -63,74 +68,74 @@ def measure(source: Path | str, corpus: Path, precision: str, console: Console) 
     return {**found.to_json(), "precision": precision}
 
 
-def make(name: str, arguments: argparse.Namespace, console: Console) -> None:
-    """Runs one recipe and measures what it packed; "dense" is the teacher itself."""
-    target = RESULTS / f"{name}.json"
-    if target.is_file():
-        return
+def make(names: list[str], arguments: argparse.Namespace, console: Console) -> dict[str, str]:
+    """Runs recipes and measures what they packed; "dense" is the teacher itself. The errors, by name."""
+    wanted = [name for name in names if not (RESULTS / f"{name}.json").is_file()]
+    failed: dict[str, str] = {}
+    # What others choose from is measured before they start.
+    for part in ([MEASURED], [name for name in wanted if name not in (MEASURED, "dense")]):
+        recipes = [(name, places_of(name, arguments)) for name in part if name in wanted]
+        runs = [run for name, places in recipes for run in expand([RECIPES / f"{name}.toml"], places)]
+        failed |= sweep(runs, arguments.runs, console=console) if runs else {}
+    for name in wanted:
+        if name not in failed:
+            record(name, arguments, console)
+    return failed
+
+
+def places_of(name: str, arguments: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """The recipe keys that say where things are on this machine."""
+    data = {"train": str(arguments.data / "train"), "dev": str(arguments.data / "dev")}
+    places = {"data": {**data, "transcripts": str(arguments.runs / "transcripts.jsonl")}}
+    measured = arguments.runs / MEASURED / ALLOCATION_FILE
+    chosen = load_recipe(RECIPES / f"{name}.toml").spec.target_size is not None
+    if chosen and name != MEASURED and measured.is_file():
+        places["spec"] = {"measured": str(measured)}
+    return places
+
+
+def record(name: str, arguments: argparse.Namespace, console: Console) -> None:
+    """Measures one model on test, and keeps that with what its run says of itself."""
     result: dict[str, Any] = {"name": name, "float32_bytes": load_teacher("tiny.en").float32_bytes}
-    if name == "dense":
-        source: Path | str = "tiny.en"
-    else:
-        data = {"train": str(arguments.data / "train"), "dev": str(arguments.data / "dev")}
-        data["transcripts"] = str(arguments.runs / "transcripts.jsonl")
+    source: Path | str = "tiny.en"
+    if name != "dense":
         source = arguments.runs / name
-        overrides = {"data": data}
-        measured = arguments.runs / MEASURED / ALLOCATION_FILE
-        recipe = RECIPES / f"{name}.toml"
-        if name != MEASURED and measured.is_file() and load_recipe(recipe).spec.target_size is not None:
-            overrides["spec"] = {"measured": str(measured)}
-        report = compress(load_recipe(recipe, overrides), source, console=console)
+        report = read(source / "report.json")
         # The places on this machine are nobody's business.
-        for section, table in overrides.items():
+        for section, table in places_of(name, arguments).items():
             for key in table:
-                del report["recipe"][section][key]
+                report["recipe"][section].pop(key, None)
         result["run"] = report
     evaluation = measure(source, arguments.data / "test", arguments.precision, console)
     evaluation["name"] = name
     result["evaluation"] = evaluation
     result["command"] = "python benchmarks/librispeech.py --data LIBRISPEECH --runs runs"
-    dense = RESULTS / "dense.json"
     if name != "dense":
-        other = json.loads(dense.read_text(encoding="utf-8"))["evaluation"]
-        result["comparison"] = compare(
-            Evaluation.from_json(evaluation), Evaluation.from_json(other)
-        ).to_json()
+        other = read(RESULTS / "dense.json")["evaluation"]
+        found = compare(Evaluation.from_json(evaluation), Evaluation.from_json(other))
+        result["comparison"] = found.to_json()
     RESULTS.mkdir(parents=True, exist_ok=True)
-    write_json(target, result)
+    write_json(RESULTS / f"{name}.json", result)
+
+
+def read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def table() -> str:
     """The README's table, in Markdown."""
-    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")}
+    found = {path.stem: read(path) for path in RESULTS.glob("*.json")}
     names = sorted(found, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
-    lines = [
-        "| model | file, MB | % of float32 | steps | WER % (95 % interval) | against dense, relative | p |",
-        "| --- | --: | --: | --: | --: | --: | --: |",
-    ]
+    rows = []
     for name in names:
-        result = found[name]
-        score, run, other = result["evaluation"], result.get("run"), result.get("comparison")
-        size = score["weights_bytes"]
-        low, high = (100 * value for value in score["ci95"])
-        steps = "" if run is None else str(run["training"]["steps"] if run["training"] else 0)
-        relative = p = ""
-        if other is not None:
-            a, b = (100 * value for value in other["relative_ci95"])
-            relative = f"{100 * other['relative_difference']:+.1f} % ({a:+.1f} to {b:+.1f})"
-            p = f"{other['p_value']:.2g}"
-        lines.append(
-            f"| {name} | {size / 1e6:.2f} | {100 * size / result['float32_bytes']:.2f} | {steps} "
-            f"| {100 * score['wer']:.2f} ({low:.2f} to {high:.2f}) | {relative} | {p} |"
-        )
-    one = found[names[0]]["evaluation"]
-    lines += [
-        "",
-        f"{one['utterance_count']} utterances, {one['audio_seconds'] / 3600:.2f} h of test-clean; "
-        f"greedy, {one['precision']}; intervals by bootstrap over utterances, differences paired on the same "
-        f"utterances. Machine: {one['machine']['cpu']}.",
-    ]
-    return "\n".join(lines)
+        one, run = found[name], found[name].get("run")
+        steps = None if run is None else run["training"]["steps"] if run["training"] else 0
+        evaluation, comparison = one["evaluation"], one.get("comparison")
+        rows.append(ResultRow.of(name, one["float32_bytes"], evaluation, comparison, steps=steps))
+    first = found[names[0]]["evaluation"]
+    line = measured_line(first, first["machine"], corpus="test-clean", precision=first["precision"])
+    return f"{markdown_table(rows)}\n\n{line}"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -150,15 +155,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     arguments = build_parser().parse_args()
+    failed: dict[str, str] = {}
     if arguments.data is not None:
-        recipes = sorted((path.stem for path in RECIPES.glob("*.toml")), key=lambda name: name != MEASURED)
-        for name in arguments.only or ["dense", *recipes]:
-            make(name, arguments, Console())
+        recipes = sorted(path.stem for path in RECIPES.glob("*.toml"))
+        failed = make(arguments.only or ["dense", *recipes], arguments, Console())
     if arguments.table:
         text = README.read_text(encoding="utf-8")
         head, tail = text.split(START)[0], text.split(END)[1]
         write_bytes(README, f"{head}{START}\n{table()}\n{END}{tail}".encode())
         print(table())
+    sys.exit("\n".join(f"{name} failed: {error}" for name, error in failed.items()) or 0)
 
 
 if __name__ == "__main__":

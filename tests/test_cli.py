@@ -15,8 +15,10 @@ import usmlite
 from usmlite import cli
 from usmlite.recipe import Recipe, keys
 
-HEAVY = ("torch", "numpy", "transformers", "accelerate", "soundfile", "jiwer", "rich", "safetensors")
-COMMANDS = ("compress", "evaluate", "transcribe", "info", "demo")
+HEAVY = (
+    "torch", "numpy", "transformers", "accelerate", "soundfile", "jiwer", "rich", "safetensors", "matplotlib",
+)  # fmt: skip
+COMMANDS = ("compress", "sweep", "evaluate", "transcribe", "info", "demo")
 
 
 def run(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -198,6 +200,14 @@ def test_no_finetune_is_zero_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         (["compress", "base", "--out", "x", "--model", "tiny.en"], ["MODEL", "'tiny.en'"]),
         (["compress", "base"], ["--out", "--help"]),
         (["compress", "--out", "x", "--recipe", "nowhere.toml"], ["nowhere.toml", "cannot read"]),
+        (["compress", "--out", "x", "--recipe", "{grid}"], ["[grid]", "usmlite sweep"]),
+        (["sweep", "a.toml"], ["RECIPE and --out are required", "--table"]),
+        (["sweep", "--out", "x"], ["RECIPE and --out are required"]),
+        (["sweep", "--table", "x", "--steps", "3"], ["--table", "alone"]),
+        (["sweep", "--table", "nowhere"], ["nowhere", "there is no run"]),
+        (["sweep", "nowhere.toml", "--out", "x"], ["nowhere.toml", "cannot read"]),
+        (["sweep", "{grid}", "--out", "x", "--warmup", "2"], ["command line: training.warmup"]),
+        (["sweep", "{grid}", "--out", "x"], ["grid.toml: [grid]: spec.bitz", "Did you mean 'spec.bits'?"]),
         (["evaluate", "tiny.en"], ["--data"]),
         (["evaluate", "tiny.en", "--data", "nowhere"], ["nowhere", "no such file"]),
         (["evaluate", "tiny.en", "--data", "d", "--worst", "-3"], ["--worst", "'-3'"]),
@@ -211,10 +221,12 @@ def test_no_finetune_is_zero_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_wrong_input_is_one_line(
     words: list[str], parts: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    error = fails(capsys, *words)
+    grid = tmp_path_factory.mktemp("recipes") / "grid.toml"
+    grid.write_text('[grid]\n"spec.bitz" = [4, 8]\n')
+    error = fails(capsys, *(str(grid) if word == "{grid}" else word for word in words))
     for part in parts:
         assert part in error
     assert list(tmp_path.iterdir()) == []
@@ -241,7 +253,10 @@ def test_unexpected_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch)
         cli.main(["info", "tiny.en"])
 
 
-@pytest.mark.parametrize(("command", "told"), [("compress", "goes on from there"), ("info", "interrupted")])
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [("compress", "goes on from there"), ("sweep", "goes on from there"), ("info", "interrupted")],
+)
 def test_ctrl_c(
     command: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from rich.console import Console
 from small_whisper import small_teacher
 from usmlite.compress import Speech, compress, expected_bytes, training_targets
 from usmlite.errors import OutputError, RecipeError, UsmliteError
+from usmlite.evaluate import Evaluation
 from usmlite.load import load
 from usmlite.recipe import Recipe, build_recipe, load_recipe
 
@@ -183,6 +185,20 @@ def test_speech_without_text_is_transcribed_by_the_teacher_once(model, speech, t
     rows = [json.loads(line) for line in kept.read_text().splitlines()]
     assert len(rows) == 3
     assert {row["teacher"] for row in rows} == {str(model)}
+
+
+def test_runs_share_transcripts_and_the_dense_evaluation(model, speech, tmp_path):
+    # Whatever the teacher says is good enough: it knows no English.
+    plan = recipe(model, speech, data={"targets": "teacher", "max_wer": 1e6}, training={"steps": 1})
+    compress(plan, tmp_path / "first", shared=tmp_path)
+    assert len((tmp_path / "transcripts.jsonl").read_text().splitlines()) == len(TEXTS)
+    kept = tmp_path / "first" / "evaluation-dense.json"
+    dense = replace(Evaluation.from_json(json.loads(kept.read_text())), peak_memory_bytes=7)
+    report = compress(plan, tmp_path / "second", shared=tmp_path, dense=dense)
+    assert report["evaluations"]["dense"]["peak_memory_bytes"] == 7
+    again = json.loads((tmp_path / "second" / "evaluation-dense.json").read_text())
+    assert again == json.loads(kept.read_text()) | {"peak_memory_bytes": 7}
+    assert not (tmp_path / "second" / "transcripts.jsonl").exists()
 
 
 def test_no_speech_is_said_before_anything_is_done(model, tmp_path):

@@ -13,9 +13,12 @@ from usmlite.evaluate import Comparison, Evaluation
 from usmlite.report import (
     ComparisonRow,
     LayerRow,
+    ResultRow,
     comparison_table,
     difference_line,
     layer_table,
+    markdown_table,
+    measured_line,
     readable_bytes,
 )
 
@@ -86,6 +89,37 @@ def test_difference_line() -> None:
         "p = 0.012; 75.0 % of 520 transcripts are the same"
     )
     assert "relative" not in difference_line(replace(comparison, relative_difference=None))
+
+
+def test_markdown_table() -> None:
+    evaluation = {"weights_bytes": 14_660_000, "wer": 0.0879, "ci95": [0.0795, 0.0966]}
+    comparison = {"relative_difference": 0.5136, "relative_ci95": [0.392, 0.644], "p_value": 0.00019998}
+    rows = [
+        ResultRow("dense", 151_000_000, 151_000_000, wer=0.0581, ci95=(0.052, 0.0645)),
+        ResultRow.of("int3|x", 151_000_000, evaluation, comparison, steps=320),
+        ResultRow("unmeasured", 100_000, 151_000_000, steps=0),
+    ]
+    assert markdown_table(rows).splitlines() == [
+        "| model | file, MB | % of float32 | steps | WER % (95 % interval) | against dense, relative | p |",
+        "| --- | --: | --: | --: | --: | --: | --: |",
+        "| dense | 151.00 | 100.00 |  | 5.81 (5.20 to 6.45) |  |  |",
+        "| int3\\|x | 14.66 | 9.71 | 320 | 8.79 (7.95 to 9.66) | +51.4 % (+39.2 to +64.4) | 0.0002 |",
+        "| unmeasured | 0.10 | 0.07 | 0 |  |  |  |",
+    ]
+    more = markdown_table(
+        [rows[0], replace(rows[1], seconds=90.0, equal="int2 (9.00 MB): 12.00")]
+    ).splitlines()
+    assert more[0].endswith("| p | minutes | dense of nearest bytes: WER % |")
+    assert more[2].endswith("|  |  |  |  |")
+    assert more[3].endswith("| 0.0002 | 1.5 | int2 (9.00 MB): 12.00 |")
+
+
+def test_what_a_table_was_measured_on() -> None:
+    evaluation = {"utterance_count": 520, "audio_seconds": 3960.0}
+    line = measured_line(evaluation, {"cpu": "A", "gpu": None}, corpus="test-clean", precision="bf16")
+    assert line.startswith("520 utterances, 1.10 h of test-clean; greedy, bf16; ")
+    assert line.endswith(" Machine: A.")
+    assert measured_line(evaluation, {"cpu": "A", "gpu": "B"}, corpus="x", precision="").endswith(": A, B.")
 
 
 @pytest.mark.parametrize(

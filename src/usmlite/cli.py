@@ -49,6 +49,7 @@ the usual way through:
   usmlite compress tiny.en --data speech/ --out small/
   usmlite evaluate small/packed --data test.jsonl --against tiny.en
   usmlite transcribe small/packed interview.wav --format srt
+  usmlite sweep int4.toml int3.toml --data speech/ --test test.jsonl --out study/
 
 MODEL is a name (tiny.en, base, or tiny.en-small, which comes along), a Whisper directory of Transformers or
 CTranslate2 (faster-whisper), a hub id such as openai/whisper-base, or what `usmlite compress` wrote.
@@ -99,6 +100,27 @@ examples:
   usmlite transcribe base rede.flac --language de --task translate --format vtt
 """
 
+SWEEP_EPILOG = """\
+RECIPE is a recipe file, or a recipe with a table [grid], whose lists vary keys; every combination is a run:
+  [grid]
+  "spec.bits" = [8, 4]
+  "spec.sparsity" = ["dense", "2:4"]
+  name = "study-{spec.bits}-{spec.sparsity}"     (optional)
+
+Single values in [grid] hold for all of its runs, several [[grid]] stand beside each other, and keys that
+vary together are written as one: "spec.bits, training.steps" = [[8, 0], [4, 320]]. Flags win over all.
+
+Each run is one of `usmlite compress`, in DIR/NAME. Finished runs are not run again; one that fails is noted
+in DIR/NAME/error.json and tried again the next time, and the others go on. The teacher's transcripts are
+made once, and the dense model is measured once. Ctrl-C stops; the same command goes on from there. DIR gets
+sweep.md (the table), sweep.json (all figures) and, with pip install "usmlite[plot]", sweep.svg and sweep.png.
+
+examples:
+  usmlite sweep recipes/paper-grid.toml --data train/ --dev dev/ --test test/ --out study/
+  usmlite sweep int4.toml int3.toml --data train/ --test test/ --steps 60 --out short/
+  usmlite sweep --table study/
+"""
+
 INFO_EPILOG = """\
 For a dense model: what each weight would become and the bytes it would take, the kept ones too. For a
 packed model: what is stored in its file.
@@ -137,6 +159,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"usmlite {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     _add_compress(commands)
+    _add_sweep(commands)
     _add_evaluate(commands)
     _add_transcribe(commands)
     _add_info(commands)
@@ -169,6 +192,22 @@ def _add_compress(commands: Any) -> None:
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="TOML file with any of the keys below")
     parser.add_argument(
         "--no-finetune", action="store_true", help="only round and prune, without any training (--steps 0)"
+    )
+    _add_recipe_flags(parser, _SECTIONS)
+
+
+def _add_sweep(commands: Any) -> None:
+    parser = _command(
+        commands, "sweep", "run many recipes: one table and one picture of WER against bytes",
+        SWEEP_EPILOG, _run_sweep,
+    )  # fmt: skip
+    parser.add_argument("recipes", nargs="*", type=Path, metavar="RECIPE", help="TOML files, see below")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the runs and the table go")
+    parser.add_argument(
+        "--table",
+        type=Path,
+        metavar="DIR",
+        help="only make the table of an earlier sweep again, from its runs",
     )
     _add_recipe_flags(parser, _SECTIONS)
 
@@ -361,7 +400,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         saved = "; what is done is saved, the same command goes on from there"
-        _complain("interrupted" + (saved if command in ("compress", "demo") else ""))
+        _complain("interrupted" + (saved if command in ("compress", "demo", "sweep") else ""))
         return INTERRUPTED
     except BrokenPipeError:
         # The reader has left (`| head`). Python would complain once more when it flushes at exit.
@@ -452,6 +491,35 @@ def _run_compress(arguments: argparse.Namespace) -> int:
 
     compress(recipe, arguments.out, console=_console())
     return 0
+
+
+def _run_sweep(arguments: argparse.Namespace) -> int:
+    values = _recipe_values(arguments)
+    if arguments.table is not None:
+        if arguments.recipes or arguments.out is not None or values:
+            raise UsmliteError("--table runs nothing", where="--table", remedy="Give it alone.")
+        from usmlite.sweep import remake_table
+
+        remake_table(arguments.table, console=_console())
+        return 0
+    if not arguments.recipes or arguments.out is None:
+        raise UsmliteError(
+            "RECIPE and --out are required", where="usmlite sweep",
+            remedy="Or --table DIR, for the table of an earlier sweep.",
+        )  # fmt: skip
+    from usmlite.grid import expand
+
+    build_recipe(values, where="command line")  # alone first, see `recipe_from`
+    runs = expand(arguments.recipes, values)
+    _quiet_libraries()
+    from usmlite.sweep import sweep
+
+    failed = sweep(runs, arguments.out, console=_console())
+    for name, error in failed.items():
+        _complain(f"error: {name}: {error}")
+    if failed:
+        _complain(f"error: {len(failed)} of {len(runs)} runs failed; the same command tries them again")
+    return UsmliteError.exit_code if failed else 0
 
 
 def _run_evaluate(arguments: argparse.Namespace) -> int:

@@ -46,13 +46,21 @@ from usmlite.spec import KEEP, CompressionSpec, Rule, matrix_shape
 from usmlite.transcripts import transcribe_corpus, with_targets
 
 REPORT_FILE, ALLOCATION_FILE = "report.json", "allocation.json"
+DENSE_FILE = "evaluation-dense.json"
 # What a stored tensor takes in the header of the packed file, and into how many a weight is cut; about.
 _HEADER_BYTES, _PARTS = 140, 3
 # Rules that the plan shows one by one.
 _MOST_RULES = 12
 
 
-def compress(recipe: Recipe, output: Path, *, console: Console | None = None) -> dict[str, Any]:
+def compress(
+    recipe: Recipe,
+    output: Path,
+    *,
+    console: Console | None = None,
+    shared: Path | None = None,
+    dense: Evaluation | None = None,
+) -> dict[str, Any]:
     """Compresses a model by fine-tuning; resumes where an earlier call with the same recipe stopped.
 
     Args:
@@ -60,6 +68,9 @@ def compress(recipe: Recipe, output: Path, *, console: Console | None = None) ->
         output: the run's directory; gets `packed/` (what ships), `best/` (the student), `report.json`,
             `recipe.toml`, `train.jsonl` and, while it lasts, `checkpoints/`.
         console: where the plan, the progress and the table go; None for none.
+        shared: the directory that keeps the teacher's transcripts, for runs that share them; the output if
+            None. A file that the recipe names comes first.
+        dense: the dense model's evaluation on the same test speech, if there is one; else it is made.
 
     Returns:
         The report that is also in `report.json`; nothing in processes but the first.
@@ -85,7 +96,7 @@ def compress(recipe: Recipe, output: Path, *, console: Console | None = None) ->
     outcome: training.Outcome | None = None
     if recipe.training.steps:
         with processes.main_process_first():
-            targets, left_out = training_targets(recipe, teacher, speech, output, console)
+            targets, left_out = training_targets(recipe, teacher, speech, shared or output, console)
         if left_out:
             console.print(f"{left_out} utterances left out: the teacher got them wrong.")
         with _training_bar(console, recipe.training.steps) as tell:
@@ -110,8 +121,11 @@ def compress(recipe: Recipe, output: Path, *, console: Console | None = None) ->
 
     evaluations = []
     if speech.test:
-        for recognizer in (dense_recognizer(teacher), load(output / PACKED_FOLDER)):
-            evaluations.append(measure(recognizer, speech.test, output, console))
+        if dense is None:
+            dense = measure(dense_recognizer(teacher), speech.test, output, console)
+        else:
+            write_json(output / DENSE_FILE, dense.to_json())
+        evaluations = [dense, measure(load(output / PACKED_FOLDER), speech.test, output, console)]
     result = make_report(recipe, teacher, outcome, calibration, evaluations, output)
     result["seconds"] = round(time.perf_counter() - started, 1)
     write_json(output / REPORT_FILE, result)
@@ -345,15 +359,18 @@ def _rule_lines(spec: CompressionSpec) -> list[str]:
 
 
 def training_targets(
-    recipe: Recipe, teacher: Teacher, speech: Speech, output: Path, console: Console
+    recipe: Recipe, teacher: Teacher, speech: Speech, folder: Path, console: Console
 ) -> tuple[list[Utterance], int]:
-    """The training utterances with the texts the student shall learn, and how many were left out."""
+    """The training utterances with the texts the student shall learn, and how many were left out.
+
+    The teacher's transcripts are kept in `folder`, unless the recipe names a file.
+    """
     if recipe.data.targets == "text":
         # Whisper was not trained to shout: corpora in capitals become sentences.
         return [
             replace(u, text=u.text.capitalize()) if u.text and u.text.isupper() else u for u in speech.train
         ], 0
-    path = Path(recipe.data.transcripts) if recipe.data.transcripts else output / "transcripts.jsonl"
+    path = Path(recipe.data.transcripts) if recipe.data.transcripts else folder / "transcripts.jsonl"
     with _bar(console, "Teacher transcribes", len(speech.train)) as progress:
         texts = transcribe_corpus(
             quick_recognizer(teacher.model, teacher, recipe), speech.train, path, progress=progress

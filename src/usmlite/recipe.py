@@ -12,7 +12,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ else:
     import tomli as tomllib
 
 FLOAT = "float"
+GRID = "grid"
+"""The section that makes a recipe file many runs, see `grid`."""
 
 
 def _key(default: Any, text: str, *, flag: str | None = None, choices: tuple[str, ...] = ()) -> Any:
@@ -306,7 +308,8 @@ def _fields(section: str) -> Iterator[tuple[dataclasses.Field[Any], type, bool]]
         yield item, kind, type(None) in members
 
 
-def _nearest(wrong: str, known: list[str]) -> str:
+def nearest(wrong: str, known: Sequence[str]) -> str:
+    """What a misspelt word may have meant, as a sentence for an error."""
     close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
     return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(known)}."
 
@@ -336,7 +339,7 @@ def _checked(
             where=place,
             expected=", ".join(choices),
             found=repr(value),
-            remedy=_nearest(str(value), list(choices)),
+            remedy=nearest(str(value), list(choices)),
         )
     return value
 
@@ -399,9 +402,9 @@ def build_recipe(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     built: dict[str, Any] = {}
     for section, table in values.items():
         if section not in sections:
-            raise RecipeError(
-                "unknown section", where=f"{where}: [{section}]", remedy=_nearest(section, sections)
-            )
+            grid = "A file with a grid is for 'usmlite sweep'."
+            remedy = grid if section == GRID else nearest(section, sections)
+            raise RecipeError("unknown section", where=f"{where}: [{section}]", remedy=remedy)
         if not isinstance(table, Mapping):
             raise RecipeError(
                 "not a table", where=f"{where}: {section}", expected=f"[{section}]", found=repr(table)
@@ -411,7 +414,7 @@ def build_recipe(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
         for key, value in table.items():
             if key not in known:
                 raise RecipeError(
-                    "unknown key", where=f"{where}: {section}.{key}", remedy=_nearest(key, list(known))
+                    "unknown key", where=f"{where}: {section}.{key}", remedy=nearest(key, list(known))
                 )
             checked[key] = _checked(section, *known[key], value, where)
             place = f"{section}.{key}"
@@ -430,23 +433,36 @@ def build_recipe(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     return recipe
 
 
+def read_tables(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file, unchecked.
+
+    Raises:
+        RecipeError: the file is missing or not TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError("cannot read the recipe", where=path, found=error.strerror) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError("not a TOML file", where=path, found=str(error)) from None
+
+
+def merged(values: Mapping[str, Any], overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Nested tables with others on top, key by key."""
+    out = dict(values)
+    for section, table in overrides.items():
+        base = out.get(section, {})
+        out[section] = {**(base if isinstance(base, Mapping) else {}), **table}
+    return out
+
+
 def load_recipe(path: str | Path, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> Recipe:
     """Reads a TOML recipe; `overrides` (the command line's flags) win over the file.
 
     Raises:
         RecipeError: the file is missing or not TOML, or as `build_recipe`.
     """
-    try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError("cannot read the recipe", where=path, found=error.strerror) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError("not a TOML file", where=path, found=str(error)) from None
-    merged = dict(values)
-    for section, table in (overrides or {}).items():
-        base = merged.get(section, {})
-        merged[section] = {**(base if isinstance(base, Mapping) else {}), **table}
-    return build_recipe(merged, where=str(path))
+    return build_recipe(merged(read_tables(path), overrides or {}), where=str(path))
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, dict[str, Any]]:

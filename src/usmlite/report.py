@@ -1,9 +1,10 @@
-"""Results for people: console tables. And for programs: JSON files that appear whole or not at all."""
+"""Results for people: tables, on the console and in Markdown. And for programs: JSON, written atomically."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -14,9 +15,12 @@ from usmlite.evaluate import Comparison, Evaluation
 __all__ = [
     "ComparisonRow",
     "LayerRow",
+    "ResultRow",
     "comparison_table",
     "difference_line",
     "layer_table",
+    "markdown_table",
+    "measured_line",
     "readable_bytes",
     "write_json",
 ]
@@ -72,6 +76,63 @@ class LayerRow:
     kind: str
     spec: str
     bytes: int
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """One model among the results of many runs.
+
+    Attributes:
+        name: the run's; "dense" for the model that the runs start from.
+        weights_bytes: size of its weights file.
+        float32_bytes: size of the dense model in float32, the 100 % of the size column.
+        steps: optimizer steps; None for the dense model.
+        wer: word error rate as a fraction; None where it was not measured.
+        ci95: its 95 % confidence interval.
+        relative_difference: to the dense model's WER, as a share of that.
+        relative_ci95: its 95 % confidence interval, paired.
+        p_value: of the difference, two-sided.
+        seconds: wall time of the run.
+        equal: in words, the dense model of nearest bytes, these, and its WER; None where there is none.
+    """
+
+    name: str
+    weights_bytes: int
+    float32_bytes: int
+    steps: int | None = None
+    wer: float | None = None
+    ci95: tuple[float, float] | None = None
+    relative_difference: float | None = None
+    relative_ci95: tuple[float, float] | None = None
+    p_value: float | None = None
+    seconds: float | None = None
+    equal: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        float32_bytes: int,
+        evaluation: Mapping[str, Any],
+        comparison: Mapping[str, Any] | None = None,
+        *,
+        steps: int | None = None,
+        seconds: float | None = None,
+    ) -> ResultRow:
+        """Takes the row from JSON: an `Evaluation` and, where there is one, its `Comparison` with dense."""
+        other = comparison or {}
+        return cls(
+            name=name,
+            weights_bytes=evaluation["weights_bytes"],
+            float32_bytes=float32_bytes,
+            steps=steps,
+            wer=evaluation["wer"],
+            ci95=_pair(evaluation["ci95"]),
+            relative_difference=other.get("relative_difference"),
+            relative_ci95=_pair(other.get("relative_ci95")),
+            p_value=other.get("p_value"),
+            seconds=seconds,
+        )
 
 
 def comparison_table(rows: Iterable[ComparisonRow], *, title: str | None = None) -> Table:
@@ -139,6 +200,58 @@ def difference_line(comparison: Comparison) -> str:
     )
 
 
+def markdown_table(rows: Sequence[ResultRow]) -> str:
+    """Writes the results of many runs as a table in Markdown.
+
+    Args:
+        rows: the models, the dense one first. The columns for the time and for the dense model of equal
+            bytes are there if some row has one.
+
+    Returns:
+        Its lines, without a newline at the end.
+    """
+    headings = [
+        "model", "file, MB", "% of float32", "steps", "WER % (95 % interval)", "against dense, relative", "p",
+    ]  # fmt: skip
+    timed, equalled = any(row.seconds is not None for row in rows), any(row.equal for row in rows)
+    headings += ["minutes"] * timed + ["dense of nearest bytes: WER %"] * equalled
+    lines = [headings, ["---", *["--:"] * (len(headings) - 1)]]
+    for row in rows:
+        cells = [
+            row.name.replace("|", "\\|"),
+            f"{row.weights_bytes / 1e6:.2f}",
+            f"{100 * row.weights_bytes / row.float32_bytes:.2f}",
+            "" if row.steps is None else str(row.steps),
+            "" if row.wer is None else f"{100 * row.wer:.2f}{_percents(row.ci95, '.2f')}",
+            "" if row.relative_difference is None
+            else f"{100 * row.relative_difference:+.1f} %{_percents(row.relative_ci95, '+.1f')}",
+            "" if row.p_value is None else f"{row.p_value:.2g}",
+        ]  # fmt: skip
+        cells += ["" if row.seconds is None else f"{row.seconds / 60:.1f}"] * timed
+        lines.append(cells + [row.equal or ""] * equalled)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def measured_line(
+    evaluation: Mapping[str, Any], machine: Mapping[str, Any], *, corpus: str, precision: str
+) -> str:
+    """Says below a table what it was measured on, and how.
+
+    Args:
+        evaluation: one of the table's evaluations, as JSON; it may lack its utterances.
+        machine: of `describe_machine`.
+        corpus: the test speech, in a word.
+        precision: of the weights and activations while they were measured, such as "float32".
+    """
+    processors = ", ".join(machine[key] for key in ("cpu", "gpu") if machine.get(key))
+    hours = evaluation["audio_seconds"] / 3600
+    return (
+        f"{evaluation['utterance_count']} utterances, {hours:.2f} h of {corpus}; "
+        f"greedy, {precision}; intervals by bootstrap over utterances, differences paired on the same "
+        f"utterances. Machine: {processors}."
+    )
+
+
 def readable_bytes(count: int) -> str:
     """Writes a number of bytes in decimal units: 14,198,765 is "14.2 MB"."""
     if count < 1000:
@@ -154,3 +267,14 @@ def readable_bytes(count: int) -> str:
 def _plain(text: str) -> Text:
     # As a string, "[...]" in it would be read as markup.
     return Text(text)
+
+
+def _pair(values: Sequence[float] | None) -> tuple[float, float] | None:
+    return None if values is None else (float(values[0]), float(values[1]))
+
+
+def _percents(interval: tuple[float, float] | None, style: str) -> str:
+    if interval is None:
+        return ""
+    low, high = (format(100 * value, style) for value in interval)
+    return f" ({low} to {high})"

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "src/usmlite"
 FRONT = {"__init__", "__main__"}
 # ... but for these names.
 FROM_FRONT = {"__version__"}
-LIGHT = ("__init__", "errors", "spec", "recipe", "shipped", "cli", "hf")
+LIGHT = ("__init__", "errors", "spec", "recipe", "grid", "shipped", "cli", "hf")
 HEAVY = {"torch", "numpy", "transformers", "accelerate", "soundfile", "soxr", "jiwer", "safetensors", "rich"}
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import usmlite
 from usmlite import cli
-from usmlite.recipe import load_recipe
+from usmlite.grid import expand
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -74,6 +74,8 @@ def test_shell_lines_are_real(line: str) -> None:
         parsed = cli.build_parser().parse_args(arguments)
         if parsed.command in ("compress", "info"):
             cli.recipe_from(parsed, None)
+        elif parsed.command == "sweep":
+            assert parsed.table or expand([ROOT / path for path in parsed.recipes])
     elif words[0] == "make":
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert words[1] in targets
@@ -103,19 +105,20 @@ def test_python_snippets_run(code: str, workplace: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize("text", blocks("toml"), ids=range(len(blocks("toml"))))
 def test_recipes_load(text: str, tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text(text)
-    recipe = load_recipe(tmp_path / "recipe.toml")
-    assert len(recipe.spec.build().rules) > 3
+    for run in expand([tmp_path / "recipe.toml"]):
+        assert len(run.recipe.spec.build().rules) > 3
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/**/*.toml")), ids=lambda path: path.stem)
 def test_shipped_recipes_load(path: Path) -> None:
-    recipe = load_recipe(path)
+    runs = expand([path])
     # Their first lines say how to run them.
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("# usmlite "):
             parsed = cli.build_parser().parse_args(shlex.split(line[2:])[1:])
-            assert parsed.recipe == path.relative_to(ROOT)
-    assert recipe.model.source
+            there = parsed.recipes if parsed.command == "sweep" else [parsed.recipe]
+            assert there == [path.relative_to(ROOT)]
+    assert all(run.recipe.model.source for run in runs)
 
 
 def test_links_lead_somewhere() -> None:
@@ -125,6 +128,11 @@ def test_links_lead_somewhere() -> None:
 
 def test_results_have_their_markers() -> None:
     assert README.count("<!-- results -->") == README.count("<!-- /results -->") == 1
+
+
+def test_results_are_those_of_the_table() -> None:
+    table = runpy.run_path(str(ROOT / "benchmarks/librispeech.py"))["table"]()
+    assert README.split("<!-- results -->")[1].split("<!-- /results -->")[0].strip() == table
 
 
 def test_public_names_exist() -> None:
