@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from transformers import WhisperFeatureExtractor
@@ -102,7 +103,8 @@ def _offset_codes(weight: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarr
 
 
 def _inverse(scale: np.ndarray) -> np.ndarray:
-    return np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
+    inverse: np.ndarray = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
+    return inverse
 
 
 def _half(scale: np.ndarray) -> np.ndarray:
@@ -174,11 +176,11 @@ def _parts(teacher: Teacher, kind: str, chosen: Kind) -> Iterator[bytes]:
         config.decoder_attention_heads, config.decoder_layers, config.num_mel_bins,
         chosen.file + _QUANTIZATION_VERSION * quantized,
     )  # fmt: skip
-    filters = np.asarray(WhisperFeatureExtractor(feature_size=config.num_mel_bins).mel_filters)
+    filters = cast(Any, WhisperFeatureExtractor)(feature_size=config.num_mel_bins).mel_filters
     yield struct.pack("<2i", *filters.T.shape)
     yield np.ascontiguousarray(filters.T, dtype="<f4").tobytes()
     # The tokens before <|endoftext|>; whisper.cpp knows the special ones by their place.
-    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    byte_of = {character: byte for byte, character in cast(Any, bytes_to_unicode)().items()}
     yield struct.pack("<i", adapter.end)
     for token in adapter.tokenizer.convert_ids_to_tokens(list(range(adapter.end))):
         text = bytes(byte_of[character] for character in token)

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -166,7 +166,7 @@ def torchao(kind: str, place: Place) -> Made:
 
     # torchao.quantization.Int4WeightOnlyConfig has no layout that runs on a CPU; this is where that one went.
     config = PrototypeInt4WeightOnlyConfig() if kind == "int4" else Int8WeightOnlyConfig()
-    model = place.teacher.model.to(torch.bfloat16)
+    model = cast(Any, place.teacher.model).to(torch.bfloat16)
     quantize_(model, config, lambda module, name: isinstance(module, nn.Linear) and name != "proj_out")
     if kind == "int8 embedding":
         quantize_(model, config, lambda module, name: isinstance(module, nn.Embedding) and _is_tokens(name))
@@ -183,7 +183,7 @@ def quanto(kind: str, place: Place) -> Made:
     """optimum-quanto's weight-only quantization of the linear layers; the tied output projection is left."""
     from optimum import quanto as library  # type: ignore[import-not-found, unused-ignore]
 
-    model = place.teacher.model.to(torch.bfloat16)
+    model = cast(Any, place.teacher.model).to(torch.bfloat16)
     library.quantize(model, weights=getattr(library, kind), exclude="proj_out")
     library.freeze(model)
     file = place.folder / "model.safetensors"
