@@ -93,7 +93,7 @@ def test_names(quant: Int, text: str) -> None:
 
 def test_the_embedding_is_ternary_only_with_two_bits() -> None:
     for embedding_bits, grid in ((None, "ternary"), (2, "ternary"), (4, "integer")):
-        spec = CompressionSpec.simple(2, "2:4", grid="ternary", embedding_bits=embedding_bits)
+        spec = CompressionSpec.simple(2, "2:4", grid="ternary", embedding_bits=embedding_bits, coded=False)
         assert spec.resolve("fc1", "linear") == LayerSpec(Int(2, grid="ternary"), NM(2, 4))
         embedding = spec.resolve("embed", "embedding").quant
         assert embedding == Int(embedding_bits or 2, grid=grid)  # type: ignore[arg-type]
