@@ -80,7 +80,7 @@ def test_weights_stay_small_and_tied(made: tuple[nn.Module, Path], hold: Hold) -
     assert model.proj_out.weight is model.model.decoder.embed_tokens.weight
     held = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     dense = sum(layer.weight.numel() for _, layer in compressed_layers(made[0]))
-    # At a rate, codes take a byte each, and the embedding is most of this model; then scales and what is kept.
+    # At a rate codes take a byte each, and the embedding is most of this model; scales come on top.
     assert held < (1.5 if hold == "int8" else 1.2) * dense, held / dense
 
 
