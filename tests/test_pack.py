@@ -33,7 +33,7 @@ def test_the_directory_is_laid_out_as_hugging_face_expects(tmp_path: Path) -> No
     assert config["architectures"] == ["WhisperForConditionalGeneration"]
     settings = config["quantization_config"]
     assert settings["quant_method"] == "usmlite"
-    assert settings["format_version"] == 1
+    assert settings["format_version"] == 2
     assert settings["digest"] == packed.digest
     assert settings["layers"]["model.decoder.embed_tokens"]["column_scales"] is True
     assert settings["layers"]["model.decoder.layers.0.fc1"]["sparsity"] == "2:4"

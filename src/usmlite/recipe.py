@@ -94,6 +94,7 @@ class SpecRecipe:
         "and 1 times the scale (bits = 2)",
         choices=("integer", "midrise", "ternary"),
     )
+    scale_bits: int = _key(16, "bits of each stored scale: 16, or 8 (a rate always takes 8)")
     embedding_bits: float = _key(
         0.0,
         "bits a weight of token embeddings, which are not pruned; with entropy coding any number, such as "
@@ -109,7 +110,7 @@ class SpecRecipe:
     )
     candidates: str = _key(
         "rate",
-        "what a target size chooses from: integer (1 to 8 bits, dense, 3:4, 2:4 and 1:4), rate (0.75 to 6 "
+        "what a target size chooses from: integer (1 to 8 bits, dense, 3:4, 2:4 and 1:4), rate (0.5 to 6 "
         "bits a weight by entropy coding), or all",
         choices=("rate", "integer", "all"),
     )
@@ -167,6 +168,7 @@ class SpecRecipe:
             grid=typing.cast("Any", self.grid),
             embedding_bits=self.embedding_bits or None,
             coded=self.entropy_coding,
+            scale_bits=self.scale_bits,
             first=first,
         )
 

@@ -17,6 +17,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from usmlite import kernels
 from usmlite import quantize as q
 from usmlite.errors import ModelError, SpecError
 from usmlite.patterns import LearnedPatterns
@@ -118,7 +119,7 @@ class WeightCompression(nn.Module):
         start: bool = True,
         octaves: Tensor | None = None,
     ) -> None:
-        """Takes the weight's spec; `octaves` as for `quantize.rate_scales`, of no use without a rate."""
+        """Takes the weight's spec; `octaves` as for `make_student`, of no use without a rate."""
         super().__init__()
         self.spec = spec
         self.options = options
@@ -156,8 +157,16 @@ class WeightCompression(nn.Module):
     @torch.no_grad()
     def start(self, weight: Tensor) -> None:
         """Chooses mask and scales afresh for this weight."""
-        if self.column_scale is not None:
-            self.column_scale.copy_(q.column_scales(to_matrix(weight.detach()).float()))
+        matrix, quant = to_matrix(weight.detach()).float(), self.spec.quant
+        if self.spec.rate is not None and quant is not None:
+            rows = torch.ones(len(matrix), device=matrix.device)
+            if self.octaves is not None:
+                rows = torch.exp2(self.octaves.to(matrix.device))
+            columns = q.column_scales(matrix, quant)
+            self.set_scales(*q.rate_scales(matrix, quant, self.spec.rate, rows, columns))
+            return
+        if self.column_scale is not None and quant is not None:
+            self.column_scale.copy_(q.column_scales(matrix, quant))
         if self.mask is not None:
             self.set_mask(self._largest(weight))
         self._search_scales(weight)
@@ -198,10 +207,6 @@ class WeightCompression(nn.Module):
     @torch.no_grad()
     def _search_scales(self, weight: Tensor) -> None:
         quant = self.spec.quant
-        rated = self.rate_scales(self._pruned(weight))
-        if rated is not None:
-            self.set_scales(rated, None)
-            return
         if quant is None or self.options.covering:
             return
         uniform = bool((self.importance == self.importance[0]).all())
@@ -212,18 +217,15 @@ class WeightCompression(nn.Module):
             self.spec.group,
             importance=None if uniform else self.importance,
         )
-        self.set_scales(scale, zero)
-
-    def rate_scales(self, matrix: Tensor) -> Tensor | None:
-        """Scales `[rows, 1]` for the spec's rate, of a weight over its column scales; None without a rate."""
-        spec = self.spec
-        if spec.rate is None or spec.quant is None:
-            return None
-        return q.rate_scales(matrix, spec.quant, spec.rate, self.octaves)
+        self.set_scales(scale, zero=zero)
 
     @torch.no_grad()
-    def set_scales(self, scale: Tensor, zero: Tensor | None) -> None:
-        """Takes given scales `[rows, groups]` (and zero points) as the present ones."""
+    def set_scales(
+        self, scale: Tensor, column_scale: Tensor | None = None, *, zero: Tensor | None = None
+    ) -> None:
+        """Takes given scales `[rows, groups]` (and of columns, and zero points) as the present ones."""
+        if self.column_scale is not None and column_scale is not None:
+            self.column_scale.copy_(column_scale)
         if self.log_scale is not None:
             self.log_scale.copy_(scale.log())
         elif self.scale is not None:
@@ -235,16 +237,16 @@ class WeightCompression(nn.Module):
     def update(self, weight: Tensor) -> int:
         """A mask update during training; min-error scales follow it. Returns the changed entries."""
         changed = self.update_mask(weight)
-        if self.options.scales == "min-error":
+        if self.options.scales == "min-error" and self.spec.rate is None:
             self._search_scales(weight)
         return changed
 
     def scales(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The scales and zero points in force, `[rows, groups]`, scales rounded as float16."""
+        """The scales and zero points in force, `[rows, groups]`, scales rounded as stored."""
         quant = self.spec.quant
         assert quant is not None
         if self.log_scale is not None:
-            return q.round_scale(self.log_scale.detach().exp()), self.zero
+            return q.round_scale(self.log_scale.detach().exp(), quant.scale_bits), self.zero
         if self.scale is not None:
             return self.scale, self.zero
         return q.min_max(self._pruned(weight), quant, self.spec.group)
@@ -321,7 +323,7 @@ class WeightCompression(nn.Module):
 class _RoundToHalf(torch.autograd.Function):
     @staticmethod
     def forward(ctx: object, matrix: Tensor) -> Tensor:
-        return matrix.clamp(-q.MAX_SCALE, q.MAX_SCALE).half().to(matrix.dtype)
+        return matrix.clamp(-kernels.MAX_SCALE, kernels.MAX_SCALE).half().to(matrix.dtype)
 
     @staticmethod
     def backward(ctx: object, *grads: Tensor) -> Tensor:
@@ -558,7 +560,7 @@ def round_kept(student: nn.Module) -> None:
     own = {id(p) for _, layer in compressed_layers(student) for p in layer.compression.parameters()}
     for parameter in student.parameters():
         if id(parameter) not in compressed and id(parameter) not in own:
-            parameter.copy_(parameter.clamp(-q.MAX_SCALE, q.MAX_SCALE).half())
+            parameter.copy_(parameter.clamp(-kernels.MAX_SCALE, kernels.MAX_SCALE).half())
 
 
 def layer_specs(student: nn.Module) -> dict[str, LayerSpec]:

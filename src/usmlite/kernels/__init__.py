@@ -11,6 +11,7 @@ agree with it. `implementation()` says which one answers.
 from __future__ import annotations
 
 from usmlite.kernels.reference import embedding, expand, linear, pattern_words, unpack, unpack_codes
+from usmlite.kernels.scales import MAX_SCALE, MIN_SCALE, MOST_SCALE_CODE, scale_codes, scale_of
 from usmlite.kernels.weights import (
     ExpandedWeight,
     PackedWeight,
@@ -28,6 +29,9 @@ def implementation() -> str:
 
 
 __all__ = [
+    "MAX_SCALE",
+    "MIN_SCALE",
+    "MOST_SCALE_CODE",
     "ExpandedWeight",
     "PackedWeight",
     "PatternLayout",
@@ -40,6 +44,8 @@ __all__ = [
     "pattern_ranks",
     "pattern_words",
     "row_blocks",
+    "scale_codes",
+    "scale_of",
     "unpack",
     "unpack_codes",
 ]
