@@ -38,6 +38,8 @@ _BITS = (8, 6, 5, 4, 3, 2, 1)
 _PATTERNS = (NM(3, 4), NM(2, 4), NM(1, 4))
 # Bits a weight after entropy coding.
 _RATES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.5, 5.0, 6.0)
+# Finer: a quarter of a bit of a token embedding is more than whole layers.
+_TABLE_RATES = (0.75, *(1 + step / 8 for step in range(21)), 4.0, 5.0)
 # Above this, pruning never beat the same bytes in fewer bits, in any weight that was tried.
 _MOST_PRUNED_BITS = 4
 # Rows of a weight on which a candidate's error is measured.
@@ -206,7 +208,7 @@ def integer_candidates(kind: str) -> tuple[LayerSpec, ...]:
 
 def rate_candidates(kind: str) -> tuple[LayerSpec, ...]:
     """0.5 to 6 bits a weight after entropy coding."""
-    return tuple(LayerSpec.at_rate(rate) for rate in _RATES)
+    return tuple(LayerSpec.at_rate(rate) for rate in (_TABLE_RATES if kind in TABLES else _RATES))
 
 
 def default_candidates(kind: str) -> tuple[LayerSpec, ...]:

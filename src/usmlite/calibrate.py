@@ -16,7 +16,7 @@ Used alone this is post-training compression; before fine-tuning it is a better 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast
 
@@ -148,10 +148,14 @@ def calibrate(
     for name, layer in layers.items():
         _check(teacher, name, layer)
     first: list[Mapping[str, Tensor]] = []
+    if isinstance(batches, Sequence):
+        first.extend(batches[:FISHER_BATCHES])
+    else:
+        batches = _remembered(batches, first)
     moments, count = collect_moments(
         teacher,
         list(layers),
-        remembered(batches, first),
+        batches,
         autocast=autocast,
         progress=None if progress is None else lambda done, total: progress("teacher", done, total),
     )
@@ -171,7 +175,7 @@ def calibrate(
     return CalibrationReport(method, tuple(done), count, teacher_seconds, time.perf_counter() - started)
 
 
-def remembered(
+def _remembered(
     batches: Iterable[Mapping[str, Tensor]], first: list[Mapping[str, Tensor]]
 ) -> Iterator[Mapping[str, Tensor]]:
     """The batches; `first` is given those that the Fisher information is computed from."""

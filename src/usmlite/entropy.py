@@ -59,11 +59,14 @@ class Contexts:
         Args:
             values: `[rows, columns]`, codes, or the weights themselves; their mean counts as zero.
         """
-        squares = np.square(values - values.mean(dtype=np.float32), dtype=np.float32)
-        least = _LEAST_SQUARE * float(squares.mean()) or 1.0
-        rows = squares.mean(axis=1) + least
-        columns = (1.0 / rows) @ squares / len(rows) + _LEAST_SQUARE
-        rows = squares @ (1.0 / columns) / len(columns) + least
+        mean = float(values.mean(dtype=np.float64))
+        uniform = np.ones(values.shape[1], np.float32)
+        rows, _ = _sizes(values, mean, uniform, np.ones(len(values), np.float32))
+        least = _LEAST_SQUARE * float(rows.mean()) or 1.0
+        _, columns = _sizes(values, mean, uniform, rows + least)
+        columns += _LEAST_SQUARE
+        rows, _ = _sizes(values, mean, columns, rows + least)
+        rows += least
         levels = [
             np.round(_LEVELS_PER_OCTAVE / 2 * np.log2(sizes)).astype(np.int64) for sizes in (rows, columns)
         ]
@@ -82,6 +85,19 @@ class Contexts:
         sums = self.rows[low:high, None].astype(np.int64) + self.columns
         found: np.ndarray = np.clip(sums - self.lowest, 0, self.tables - 1)
         return found
+
+
+def _sizes(
+    values: np.ndarray, mean: float, columns: np.ndarray, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean squares of rows about the mean, over those of columns; and of columns, over those of rows."""
+    of_rows, of_columns = np.empty(len(values), np.float32), np.zeros(values.shape[1], np.float32)
+    step = max(1, _CHUNK // values.shape[1])
+    for low in range(0, len(values), step):
+        squares = np.square(values[low : low + step] - np.float32(mean), dtype=np.float32)
+        of_rows[low : low + step] = squares @ (1.0 / columns) / len(columns)
+        of_columns += (1.0 / rows[low : low + step]) @ squares / len(rows)
+    return of_rows, of_columns
 
 
 def lanes_for(count: int) -> int:
