@@ -13,8 +13,8 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 from correlated import correlated, output_error
 from usmlite.calibrate import METHODS, calibrate
 from usmlite.errors import DataError, ModelError, SpecError
-from usmlite.masks import attach, update_masks
 from usmlite.moments import collect_moments, input_rows
+from usmlite.movement import attach, update_masks
 from usmlite.solve import solve
 from usmlite.spec import NM, CompressionSpec, Int, LayerSpec, Rule
 from usmlite.student import (

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -112,7 +112,7 @@ def calibrate(
     Masks, scales and master weights are set, afterwards the student computes with exactly the
     weights that the method chose, and recomputing its masks changes none of them. The student's
     own weights of the compressed layers are overwritten; calibrating twice is the same as once.
-    Gradual masks start dense.
+    Gradual masks start dense, and descending bits with the most.
 
     Args:
         student: made by `make_student` from `teacher`.
@@ -184,9 +184,8 @@ def _start(
 ) -> LayerCalibration:
     started = time.perf_counter()
     compression = layer.compression
-    if compression.options.masks == "gradual":
-        compression.sparsity = None
-    spec = replace(compression.spec, sparsity=compression.sparsity)
+    # What has made up for fewer bits or weights already would suit the ones before badly.
+    spec = compression.present = compression.spec_at(0, 1)
     weight = cast(Tensor, module.weight).detach().to(layer.weight.device)
     whole, bias = to_matrix(weight).float(), corrected_bias(layer)
     if bias is not None:
