@@ -174,12 +174,15 @@ def test_logits_begin_where_measuring_ended() -> None:
     model = louder()
     measured = measured_of(model, [*MATTERS, *DOES_NOT], 0.4)
     near = [mixture._nearest(weight) for weight in measured.weights]
-    state, start = mixture._start(near, measured.budget)
-    assert mixture._picked(measured, near, state, start) == measured
-    assert (state.logits.max(dim=1).values == 0).all()
+    start = mixture._Measured.of(near, measured.budget)
+    state = mixture._State.at_start(start)
+    assert mixture._picked(measured, near, state.losses(start)) == measured
+    logits = state.logits(start)
+    assert (logits.max(dim=1).values == 0).all()
     # At either end of its candidates a weight has fewer neighbours.
     edge = replace(measured.weights[0], chosen=0)
-    short = mixture._start([mixture._nearest(edge), near[1]], measured.budget)[0]
-    assert short.logits.isfinite().sum(dim=1).tolist() == [3, len(near[1].candidates)]
-    expected = float((state.logits.softmax(1) * start.sizes).sum())
+    short = mixture._Measured.of([mixture._nearest(edge), near[1]], measured.budget)
+    found = mixture._State.at_start(short).logits(short)
+    assert found.isfinite().sum(dim=1).tolist() == [3, len(near[1].candidates)]
+    expected = float((logits.softmax(1) * start.sizes).sum())
     assert expected == pytest.approx(measured.budget, rel=0.2)

@@ -2,9 +2,10 @@
 
 A measured allocation (`allocate`) tries one weight at a time and takes effects to add up. Here, from there
 on, every weight is the weighted mean of its dense weight rounded as each of a few candidates says, the
-chosen one and its neighbours; the shares are drawn by Gumbel-softmax from logits that the distillation loss
-trains, together with a price of bytes that keeps the expected bytes at the budget (arXiv 2501.03643). Then
-one candidate for each weight is picked again, those with the least learned loss within the budget.
+chosen one and its neighbours. The shares are drawn by Gumbel-softmax (arXiv 2501.03643), the logit of a
+candidate being what it is thought to lose and the price of its bytes. The distillation loss trains what
+candidates are thought to lose, the price follows the budget. Then one candidate for each weight is picked
+again, those that are now thought to lose least together within the budget.
 
 The weights themselves are fixed. They would learn to suit mixtures, which never ship, and calibration starts
 from the dense ones anyway; and so what is learned says the same as what was measured: how much a candidate
@@ -43,15 +44,16 @@ _NEIGHBOURS = 2
 _MOMENT_BATCHES = 4
 # No candidate begins further below the likeliest one, so that all of them are drawn now and then.
 _LEAST_LOGIT = -4.0
-# A logit's step where its gradient is as large as the mean one, and the largest step.
+# What a logit moves in a step where its gradient is as large as the mean one, and the most it moves.
 _RATE, _MOST = 0.1, 0.5
 _MOMENTUM = 0.9
 # How fast the logarithm of the price follows the share by which expected bytes exceed the budget.
-_PRICE_RATE = 10.0
+_PRICE_RATE = 5.0
 _MOST_EXCESS = 0.05
-# Draws end at the square root of the temperature of learned masks (`schedule.temperature`): here the noise of
-# a gradient grows with its inverse, and is shared by far fewer logits.
-_TEMPERATURE_SHARE = 0.5
+_LEAST_SIZE = 1e-30
+# The part of `schedule.temperature` that draws go through, from 0.47 to 0.11. When it is warm shares are even,
+# and errors of candidates cancel in a mean that never ships; when it is cold gradients are mostly noise.
+_WARMEST, _COLDEST = 0.25, 0.75
 _LEAST = 1e-10
 # The loss that allocations are measured by.
 _LOSS = LossWeights(kl=1.0, ce=0.0, states=0.0)
@@ -170,29 +172,79 @@ class _MixedWeight:
         return parts
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """Where learning starts.
+
+    Attributes:
+        losses: float64 `[weights, candidates]`, predicted from measurements, nats; infinity where a weight
+            has fewer candidates.
+        sizes: float64 `[weights, candidates]`, bytes; 0 where a weight has fewer candidates.
+        price: of a byte, nats, with which the best candidates just keep to the budget.
+        typical: nats that are typically lost by taking another candidate.
+    """
+
+    losses: Tensor
+    sizes: Tensor
+    price: float
+    typical: float
+
+    @classmethod
+    def of(cls, weights: Sequence[WeightAllocation], budget: int) -> _Measured:
+        """Takes it from measured candidates."""
+        most = max(len(weight.candidates) for weight in weights)
+        sizes = torch.zeros(len(weights), most, dtype=torch.float64)
+        losses = torch.full_like(sizes, math.inf)
+        for number, weight in enumerate(weights):
+            for place, candidate in enumerate(weight.candidates):
+                sizes[number, place], losses[number, place] = candidate.bytes, candidate.loss
+        price = _price(losses, sizes, budget)
+        costs = losses + price * sizes
+        regret = costs - costs.min(dim=1, keepdim=True).values
+        others = regret[regret.isfinite() & (regret > 0)]
+        return cls(losses, sizes, price, float(others.median()) if len(others) else 1.0)
+
+
 @dataclass
 class _State:
     """What is learned, and what learning it needs; small enough to be written down after every step.
 
     Attributes:
         step: steps done.
-        logits: float32 `[weights, candidates]`, minus infinity where a weight has fewer candidates.
-        momentum: of the gradient, of the same shape.
+        learned: float32 `[weights, candidates]`, what candidates lose beyond what was measured, over
+            `typical`.
+        momentum: of its gradient, of the same shape.
         size: running mean square of the gradient's entries.
         price: of a byte, nats.
     """
 
     step: int
-    logits: Tensor
+    learned: Tensor
     momentum: Tensor
     size: float
     price: float
 
+    @classmethod
+    def at_start(cls, start: _Measured) -> _State:
+        """Nothing learned yet."""
+        nothing = torch.zeros(start.losses.shape)
+        return cls(0, nothing, nothing, 0.0, start.price)
+
+    def losses(self, start: _Measured) -> Tensor:
+        """Measured and learned losses, float64 `[weights, candidates]`, nats."""
+        return start.losses + start.typical * self.learned
+
+    def logits(self, start: _Measured) -> Tensor:
+        """The likelier the less a candidate loses, its bytes paid for; float32, minus infinity for none."""
+        costs = (self.losses(start) + self.price * start.sizes) / start.typical
+        logits = (costs.min(dim=1, keepdim=True).values - costs).clamp(min=_LEAST_LOGIT)
+        return logits.masked_fill(start.losses.isinf(), -math.inf).float()
+
     def save(self, path: Path) -> None:
-        logits = [[x for x in row if x > -math.inf] for row in self.logits.tolist()]
-        momentum = self.momentum.tolist()
-        rest = {"step": self.step, "size": self.size, "price": self.price}
-        write_json(path, {**rest, "logits": logits, "momentum": momentum})
+        """Writes it down, exactly."""
+        state = {"step": self.step, "size": self.size, "price": self.price}
+        rows = {"learned": self.learned.tolist(), "momentum": self.momentum.tolist()}
+        write_json(path, {**state, **rows})
 
     def restore(self, path: Path) -> None:
         """Goes on from what `save` wrote, if there is anything.
@@ -204,16 +256,11 @@ class _State:
             return
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            counts = [len(row) for row in found["logits"]]
-            momentum = torch.tensor(found["momentum"])
-            if counts != self.logits.isfinite().sum(dim=1).tolist() or momentum.shape != self.momentum.shape:
+            learned, momentum = torch.tensor(found["learned"]), torch.tensor(found["momentum"])
+            if learned.shape != self.learned.shape or momentum.shape != self.learned.shape:
                 raise ValueError("other weights or candidates")
-            self.logits[self.logits.isfinite()] = torch.tensor(
-                [value for row in found["logits"] for value in row]
-            )
-            self.momentum = momentum
-            self.step, self.size = int(found["step"]), float(found["size"])
-            self.price = float(found["price"])
+            self.learned, self.momentum = learned, momentum
+            self.step, self.size, self.price = int(found["step"]), float(found["size"]), float(found["price"])
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise TrainingError(
                 "unreadable state of the allocation",
@@ -221,25 +268,6 @@ class _State:
                 found=str(error),
                 remedy="Delete this file; what was learned is then learned again.",
             ) from None
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """Where learning starts.
-
-    Attributes:
-        logits: float32 `[weights, candidates]`, minus infinity where a weight has fewer candidates.
-        losses: float64 `[weights, candidates]`, predicted from measurements, nats.
-        sizes: float64 `[weights, candidates]`, bytes.
-        price: of a byte, nats.
-        typical: how many nats make a logit larger by one.
-    """
-
-    logits: Tensor
-    losses: Tensor
-    sizes: Tensor
-    price: float
-    typical: float
 
 
 def learn_allocation(
@@ -276,8 +304,8 @@ def learn_allocation(
     """
     device = next(model.parameters()).device
     near = [_nearest(weight) for weight in measured.weights]
-    state, start = _start(near, measured.budget)
-    sizes = start.sizes.float()
+    start = _Measured.of(near, measured.budget)
+    state = _State.at_start(start)
     state.restore(state_file)
     inputs = [_as_model_inputs(batches(number)) for number in range(min(_MOMENT_BATCHES, steps))]
     moments, _ = collect_moments(model, [w.name for w in near], inputs, autocast=autocast)
@@ -289,8 +317,9 @@ def learn_allocation(
     student = copy.deepcopy(model).requires_grad_(False)
     distillation = Distillation(student, model, _LOSS).eval()
     for step in range(state.step, steps):
-        logits = state.logits.clone().requires_grad_()
-        shares = _draw(logits, temperature(_TEMPERATURE_SHARE * step / steps), seed, step).to(device)
+        logits = state.logits(start).requires_grad_()
+        warmth = temperature(_WARMEST + (_COLDEST - _WARMEST) * step / steps)
+        shares = _draw(logits, warmth, seed, step).to(device)
         exchanged = {
             f"student.{name}": value
             for mixture, row in zip(mixtures, shares, strict=True)
@@ -298,8 +327,8 @@ def learn_allocation(
         }
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             losses = torch.func.functional_call(distillation, exchanged, kwargs=dict(batches(step)))
-        expected = (logits.softmax(dim=1) * sizes).sum()
-        (gradient,) = torch.autograd.grad(losses["loss"].cpu() + state.price * expected, logits)
+        (gradient,) = torch.autograd.grad(losses["loss"], logits)
+        expected = float((logits.detach().softmax(dim=1) * start.sizes).sum())
         if not bool(gradient.isfinite().all()):
             raise TrainingError(
                 "the loss of the mixed model is not finite",
@@ -307,11 +336,11 @@ def learn_allocation(
                 found=float(losses["loss"].detach()),
                 remedy="Use allocation = 'measured', or another precision.",
             )
-        _take_step(state, gradient, float(expected.detach()) / measured.budget - 1.0)
+        _take_step(state, gradient, expected / measured.budget - 1.0)
         state.save(state_file)
         if progress is not None:
             progress(state.step, steps)
-    return _picked(measured, near, state, start)
+    return _picked(measured, near, state.losses(start))
 
 
 def _nearest(weight: WeightAllocation) -> WeightAllocation:
@@ -319,27 +348,6 @@ def _nearest(weight: WeightAllocation) -> WeightAllocation:
     low = max(0, weight.chosen - _NEIGHBOURS)
     few = weight.candidates[low : weight.chosen + _NEIGHBOURS + 1]
     return replace(weight, candidates=few, chosen=weight.chosen - low)
-
-
-def _start(near: Sequence[WeightAllocation], budget: int) -> tuple[_State, _Measured]:
-    """Logits from what was measured: the less a candidate loses, its bytes paid for, the likelier it is."""
-    most = max(len(weight.candidates) for weight in near)
-    sizes, losses = torch.zeros(2, len(near), most, dtype=torch.float64)
-    there = torch.zeros(len(near), most, dtype=torch.bool)
-    for number, weight in enumerate(near):
-        count = len(weight.candidates)
-        there[number, :count] = True
-        sizes[number, :count] = torch.tensor([c.bytes for c in weight.candidates], dtype=torch.float64)
-        losses[number, :count] = torch.tensor([c.loss for c in weight.candidates], dtype=torch.float64)
-    price = _price(losses.masked_fill(~there, math.inf), sizes, budget)
-    costs = (losses + price * sizes).masked_fill(~there, math.inf)
-    regret = costs - costs.min(dim=1, keepdim=True).values
-    others = regret[there & (regret > 0)]
-    # What is typically lost by taking another candidate makes it less likely by a factor of e.
-    typical = float(others.median()) if len(others) else 1.0
-    logits = (-regret / typical).clamp(min=_LEAST_LOGIT).masked_fill(~there, -math.inf).float()
-    state = _State(0, logits.clone(), torch.zeros_like(logits), 0.0, price)
-    return state, _Measured(logits, losses, sizes, price, typical)
 
 
 def _price(losses: Tensor, sizes: Tensor, budget: int) -> float:
@@ -360,32 +368,29 @@ def _draw(logits: Tensor, warmth: float, seed: int, step: int) -> Tensor:
 
 
 def _take_step(state: _State, gradient: Tensor, excess: float) -> None:
-    """Moves the logits down the gradient, and the price up where the expected bytes exceed the budget.
+    """Moves what is learned, and the price up where the expected bytes exceed the budget (dual ascent).
 
     One size for the gradients of all weights, and not one each as Adam has it: a weight whose choice hardly
     matters then stays where measuring has put it, instead of wandering about as fast as others learn.
+
+    Args:
+        state: changed in place.
+        gradient: of the loss by the logits, float32 `[weights, candidates]`.
+        excess: share by which the expected bytes exceed the budget.
     """
-    there = state.logits.isfinite()
-    square = float(gradient[there].square().mean())
+    square = float(gradient.square().mean())
     state.size = _MOMENTUM * state.size + (1.0 - _MOMENTUM) * square
     state.momentum = _MOMENTUM * state.momentum + (1.0 - _MOMENTUM) * gradient
     state.step += 1
     unbiased = 1.0 - _MOMENTUM**state.step
-    move = (state.momentum / unbiased) / max(math.sqrt(state.size / unbiased), 1e-30)
-    state.logits = state.logits - (_RATE * move).clamp(-_MOST, _MOST)
+    move = (state.momentum / unbiased) / max(math.sqrt(state.size / unbiased), _LEAST_SIZE)
+    # A logit falls by what its candidate is found to lose.
+    state.learned = state.learned + (_RATE * move).clamp(-_MOST, _MOST)
     state.price *= math.exp(_PRICE_RATE * min(max(excess, -_MOST_EXCESS), _MOST_EXCESS))
 
 
-def _picked(
-    measured: Allocation, near: Sequence[WeightAllocation], state: _State, start: _Measured
-) -> Allocation:
-    """The candidates with the least learned loss within the budget.
-
-    That is the measured loss and what the logits have moved since, in nats, less what they moved because the
-    price of bytes did. Where nothing was learned, the choice is the measured one.
-    """
-    moved = (start.logits - state.logits).double().nan_to_num() * start.typical
-    losses = start.losses + moved - (state.price - start.price) * start.sizes
+def _picked(measured: Allocation, near: Sequence[WeightAllocation], losses: Tensor) -> Allocation:
+    """The candidates with the least of these losses within the budget."""
     weighed = []
     for weight, row in zip(near, losses.tolist(), strict=True):
         pairs = zip(weight.candidates, row[: len(weight.candidates)], strict=True)
