@@ -51,7 +51,7 @@ _MOMENTUM = 0.9
 _PRICE_RATE = 5.0
 _MOST_EXCESS = 0.05
 _LEAST_SIZE = 1e-30
-# The part of `schedule.temperature` that draws go through, from 0.47 to 0.11. When it is warm shares are even,
+# The part of `schedule.temperature` that draws go through, 0.47 to 0.11. When it is warm shares are even,
 # and errors of candidates cancel in a mean that never ships; when it is cold gradients are mostly noise.
 _WARMEST, _COLDEST = 0.25, 0.75
 _LEAST = 1e-10

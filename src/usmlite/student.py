@@ -295,12 +295,9 @@ class WeightCompression(nn.Module):
         Returns:
             A tensor of the weight's shape, in the autocast dtype if autocast is on.
         """
-        matrix, mask, drawn = self.matrix(weight), _select(self.mask, rows), None
         random = self.progress is not None and self.training and not settled
-        # Patterns that do not learn would be noise.
-        if random and self.patterns is not None and self.patterns.logits.requires_grad:
-            drawn = self.patterns.draw(temperature(self.progress or 0.0), rows)
-            mask = drawn > 0
+        drawn = self._drawn_mask(rows) if random else None
+        matrix, mask = self.matrix(weight), _select(self.mask, rows) if drawn is None else drawn > 0
         dtype = _computing_dtype(weight)
         if self.spec.quant is None:
             out = _round_to_half(matrix)
@@ -321,6 +318,12 @@ class WeightCompression(nn.Module):
         if self.column_scale is not None:
             out = (out * self.column_scale).to(dtype)
         return from_matrix(out, weight.shape)
+
+    def _drawn_mask(self, rows: Tensor | None) -> Tensor | None:
+        """A mask drawn from learned patterns; None without any, or where they do not learn: noise then."""
+        if self.patterns is None or not self.patterns.logits.requires_grad:
+            return None
+        return self.patterns.draw(temperature(self.progress or 0.0), rows)
 
     def _quantizer(
         self, matrix: Tensor, mask: Tensor | None, rows: Tensor | None, *, random: bool
