@@ -181,8 +181,8 @@ def test_finer_scales_are_nearly_as_good_as_searched_ones(quant: Int, shift: flo
         derived = q.finer_scales(scale, zero, quant, finer)
         assert torch.equal(derived[0], q.round_scale(derived[0]))
         best = error(*q.min_error(w, None, finer, None), finer)
-        assert error(*derived, finer) < 2.0 * best
-        assert error(*derived, finer) < 0.2 * error(scale, zero, quant)
+        assert error(*derived, finer) < (1.2 if quant.symmetric and bits < 6 else 4.0) * best
+        assert error(*derived, finer) < 0.4 * error(scale, zero, quant)
 
 
 def test_a_higher_rate_halves_the_step_until_the_largest_weight_is_reached():
