@@ -307,7 +307,7 @@ class TrainingRecipe:
 
     def ever(self, key: str) -> float:
         """The largest value that this setting has in any phase or after them."""
-        return max(getattr(self, key), *(phase.get(key, 0.0) for phase in self.phases), 0.0)
+        return max(float(values[key]) for values in (vars(self), *self.phases) if key in values)
 
 
 @dataclass(frozen=True)
