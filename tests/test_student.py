@@ -9,7 +9,7 @@ from transformers import WhisperForConditionalGeneration
 from small_whisper import small_teacher
 from usmlite import entropy
 from usmlite.errors import ModelError, SpecError
-from usmlite.masks import attach
+from usmlite.movement import attach
 from usmlite.spec import NM, CompressionSpec, Int, LayerSpec, Rule
 from usmlite.student import (
     SCALE_RULES,

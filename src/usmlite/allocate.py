@@ -29,7 +29,7 @@ from usmlite.fisher import FISHER_BATCHES, output_fisher
 from usmlite.models import IGNORED
 from usmlite.moments import Moments, collect_moments
 from usmlite.solve import DAMPING, Problem, corrected_bias, drafts, relative_error
-from usmlite.spec import NM, Int, LayerSpec, Rule
+from usmlite.spec import NM, TABLES, Int, LayerSpec, Rule
 from usmlite.student import from_matrix, to_matrix
 
 Progress = Callable[[str, int, int], None]
@@ -55,7 +55,6 @@ _LOSS_BATCHES = 2
 _STEPS = 20_000
 # Below this a probe's error says nothing.
 _LEAST_ERROR = 1e-9
-TABLES = ("embedding", "positions")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -114,7 +114,7 @@ def calibrate(
     Masks, scales and master weights are set, afterwards the student computes with exactly the
     weights that the method chose, and recomputing its masks changes none of them. The student's
     own weights of the compressed layers are overwritten; calibrating twice is the same as once.
-    Gradual masks start dense.
+    Gradual masks start dense, and descending bits with the most.
 
     Args:
         student: made by `make_student` from `teacher`.
@@ -213,9 +213,8 @@ def _start(
 ) -> LayerCalibration:
     started = time.perf_counter()
     compression = layer.compression
-    if compression.options.masks == "gradual":
-        compression.sparsity = None
-    spec = replace(compression.spec, sparsity=compression.sparsity)
+    # What has made up for fewer bits or weights already would suit the ones before badly.
+    spec = compression.present = compression.spec_at(0, 1)
     weight = cast(Tensor, module.weight).detach().to(layer.weight.device)
     whole, bias = to_matrix(weight).float(), corrected_bias(layer)
     if bias is not None:
@@ -227,9 +226,10 @@ def _start(
         notes.append("never reached by the batches: all inputs counted alike")
     layer.weight.copy_(weight)
     scale = None
-    if spec.quant is not None and spec.rate is not None and method == "hessian":
-        scale, columns = problem.rate_scales(spec.quant, spec.rate, compression.octaves)
-        compression.set_scales(scale, columns)
+    own = compression.spec
+    if own.quant is not None and own.rate is not None and method == "hessian":
+        compression.set_scales(*problem.rate_scales(own.quant, own.rate, compression.octaves))
+        scale, _ = compression.scales(weight)
     elif compression.column_scale is not None and spec.quant is not None:
         compression.column_scale.copy_(q.column_scales(whole, spec.quant))
     column_scale = compression.column_scale
@@ -257,7 +257,7 @@ def _start(
         if compression.mask is not None:
             dense = torch.ones_like(compression.mask)
             compression.set_mask(dense if solution.mask is None else solution.mask)
-        if solution.scale is not None:
+        if solution.scale is not None and own.rate is None:
             compression.set_scales(solution.scale, zero=solution.zero)
     else:
         compression.start(layer.weight)

@@ -70,7 +70,7 @@ def pack(
             loads more slowly.
 
     Raises:
-        ModelError: a weight is not finite or its mask does not fit its spec.
+        ModelError: a weight is not finite, or its mask or its bits do not fit its spec.
         OutputError: something else is there, or it cannot be written.
     """
     with torch.autocast(next(student.parameters()).device.type, enabled=False):
@@ -126,10 +126,15 @@ def pack_layer(name: str, layer: CompressedLayer) -> dict[str, Tensor]:
         Tensors on the CPU as `packfile.part_shapes` describes them.
 
     Raises:
-        ModelError: the weight is not finite, or its mask does not fit its spec.
+        ModelError: the weight is not finite, or its mask or its bits do not fit its spec.
     """
     compression = layer.compression
     spec = compression.spec
+    if compression.present.precision != spec.precision:
+        raise ModelError(
+            "the weight has more bits than its spec", where=f"{name}.weight", expected=spec,
+            found=compression.present, remedy="Train on, until its bits have descended.",
+        )  # fmt: skip
     rows, columns = matrix_shape(layer.weight.shape)
     parts = {
         part: torch.empty(shape, dtype=dtype)

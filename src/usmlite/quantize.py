@@ -32,6 +32,10 @@ _FEW_BITS = 3
 _LEAST_FRACTION = 0.1
 # How often a scale is fitted to the codes, which then follow it.
 _FITS = 3
+# Steps of the uniform quantizer with the least error, in standard deviations of a normal distribution, by
+# bits (Max 1960, "Quantizing for minimum distortion", table II), and that of three levels.
+_NORMAL_STEPS = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
+_TERNARY_STEP = 1.224
 
 
 def spread(per_group: Tensor, columns: int, group: int | None) -> Tensor:
@@ -219,6 +223,45 @@ def rate_scales(
     scale = round_scale(rows.unsqueeze(1) * (size * 2.0**high), quant.scale_bits)
     largest = (weight / scale).abs().amax(dim=0) / (_RATE_REACH * (quant.max_code - quant.zero))
     return scale, torch.where(largest > columns, round_scale(largest, quant.scale_bits), columns)
+
+
+def finer_scales(scale: Tensor, zero: Tensor | None, quant: Int, finer: Int) -> tuple[Tensor, Tensor | None]:
+    """Scales for more bits, from scales that have little error with fewer.
+
+    They shrink as the best step of a normal distribution does (Max 1960), so that nothing is searched; the
+    middle of the range stays where it is.
+
+    Args:
+        scale: float32 `[rows, groups]`, rounded as float16.
+        zero: as `min_max` gives it.
+        quant: the codes that these are for.
+        finer: codes of the same kind with more bits.
+
+    Returns:
+        As `min_max`.
+    """
+    step = _TERNARY_STEP if quant.grid == "ternary" else _NORMAL_STEPS[quant.bits]
+    shrunk = round_scale(scale * (_NORMAL_STEPS[finer.bits] / step))
+    if zero is None:
+        return shrunk, None
+    middle = (quant.max_code / 2 - zero) * scale
+    return shrunk, (finer.max_code / 2 - middle / shrunk).round().clamp(0, finer.max_code)
+
+
+def finer_rate_scales(scale: Tensor, weight: Tensor, quant: Int, octaves: float) -> Tensor:
+    """Scales for a higher rate: each bit halves them, until the codes just reach the row's largest weight.
+
+    Args:
+        scale: float32 `[rows, 1]`, as `rate_scales` gives it.
+        weight: float32 `[rows, columns]`.
+        quant: the codes.
+        octaves: by how many bits the rate is higher.
+
+    Returns:
+        float32 `[rows, 1]`, rounded as stored.
+    """
+    floor = weight.detach().abs().amax(dim=1, keepdim=True) / (quant.max_code - quant.zero)
+    return round_scale(torch.maximum(scale * 2.0**-octaves, floor.minimum(scale)), quant.scale_bits)
 
 
 def quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, quant: Int, group: int | None) -> Tensor:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from usmlite.errors import SpecError
@@ -32,6 +32,8 @@ Grid = Literal["integer", "midrise", "ternary"]
 GRIDS: tuple[Grid, ...] = ("integer", "midrise", "ternary")
 Kind = Literal["linear", "conv1d", "embedding", "positions"]
 KINDS: tuple[Kind, ...] = ("linear", "conv1d", "embedding", "positions")
+TABLES: tuple[Kind, ...] = ("embedding", "positions")
+"""Weights whose rows are looked up."""
 
 
 def _is_integer(value: object) -> bool:
@@ -101,6 +103,12 @@ class Int:
     def zero(self) -> float:
         """The code that stands for zero on a symmetric grid (may lie between two codes)."""
         return float(1 << (self.bits - 1)) if self.grid == "integer" else self.max_code / 2
+
+    def with_bits(self, bits: int) -> Int:
+        """Codes of the same kind with another number of bits; a ternary grid becomes integer."""
+        if bits == self.bits:
+            return self
+        return Int(bits, symmetric=self.symmetric, grid="integer" if self.grid == "ternary" else self.grid)
 
     def __str__(self) -> str:
         if self.grid == "ternary":
@@ -255,6 +263,23 @@ class LayerSpec:
     def at_rate(cls, rate: float) -> LayerSpec:
         """So many bits a weight, and all the codes there are, so that the largest weights are not clipped."""
         return cls(Int(8, scale_bits=8), column_scales=True, rate=rate)
+
+    @property
+    def precision(self) -> float | None:
+        """Bits a weight: the rate, or those of the codes; None without quantization."""
+        return self.rate if self.rate is not None or self.quant is None else float(self.quant.bits)
+
+    def with_precision(self, bits: int) -> LayerSpec:
+        """This spec with other codes or, if it has a rate, with another rate.
+
+        Raises:
+            SpecError: not quantized, or an unusable number of bits.
+        """
+        if self.quant is None:
+            raise SpecError("precision without quantization", where="bits", remedy="Set bits.")
+        if self.rate is not None:
+            return replace(self, rate=float(bits))
+        return replace(self, quant=self.quant.with_bits(bits))
 
     @property
     def is_kept(self) -> bool:
