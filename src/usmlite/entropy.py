@@ -17,7 +17,7 @@ import numpy as np
 
 _BITS = 12  # frequencies add up to 2^12
 _TOTAL = 1 << _BITS
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 MOST_TABLES = 64
 _LOWEST = 1 << 16  # states lie in 2^16 .. 2^32 - 1 between steps; words have 16 bits
 # Levels in an octave of the size of a row or a column: finer ones do not pay for more tables.
