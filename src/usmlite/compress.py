@@ -52,6 +52,8 @@ DENSE_FILE = "evaluation-dense.json"
 _HEADER_BYTES, _PARTS = 140, 3
 # Rules that the plan shows one by one.
 _MOST_RULES = 12
+# Windows that the teacher decodes side by side for calibration, and those of a batch of it.
+_DECODED, _CALIBRATION_BATCH = 16, 4
 
 
 def compress(
@@ -465,19 +467,22 @@ def start_student(
 
 def calibration_batches(recipe: Recipe, teacher: Teacher, speech: Speech) -> Iterator[dict[str, Tensor]]:
     """Windows of training speech with the teacher's own words for them, as forward inputs."""
-    dataset = training.TrainingWindows(speech.train, recipe)
-    adapter, batch = teacher.adapter, 4
-    for low in range(0, recipe.student.calibration, batch):
-        indices = range(low, min(low + batch, recipe.student.calibration))
-        rows = [dataset[index] for index in indices]
+    dataset, adapter = training.TrainingWindows(speech.train, recipe), teacher.adapter
+    language = recipe.data.language
+    for low in range(0, recipe.student.calibration, _DECODED):
+        rows = [dataset[index] for index in range(low, min(low + _DECODED, recipe.student.calibration))]
         features = adapter.features(torch.stack([row[0] for row in rows]))
         if recipe.data.targets == "text":
             texts = [row[1] for row in rows]
         else:
-            decoded = adapter.decode(teacher.model, features, language=recipe.data.language)
+            decoded = adapter.decode(teacher.model, features, language=language)
             texts = [[TimedText(0.0, WINDOW_SECONDS, out.text)] for out in decoded]
-        ids, labels = adapter.targets(texts, timestamps=[False] * len(rows), language=recipe.data.language)
-        yield {"input_features": features, "decoder_input_ids": ids, "labels": labels}
+        for first in range(0, len(rows), _CALIBRATION_BATCH):
+            part = slice(first, first + _CALIBRATION_BATCH)
+            ids, labels = adapter.targets(
+                texts[part], timestamps=[False] * len(texts[part]), language=language
+            )
+            yield {"input_features": features[part], "decoder_input_ids": ids, "labels": labels}
 
 
 def dev_wer(
