@@ -87,6 +87,13 @@ void gather(const Weight& weight, Memory ids, size_t count, Memory out, size_t p
   usmlite::gather(weight, from, count, to, isa, threads);
 }
 
+void expand(const Weight& weight, Memory out, size_t path, int threads) {
+  int8_t* to = numbers<int8_t>(out, product(weight.rows(), weight.columns()), "out is too small");
+  const Isa& isa = isa_of(path);
+  nb::gil_scoped_release free;
+  usmlite::expand(weight, to, isa, threads);
+}
+
 void rans_decode(Memory data, int bits, int tables, Memory out) {
   const Bytes from = bytes(data);
   uint8_t* to = numbers<uint8_t>(out, out.second, "out has no address");
@@ -114,5 +121,6 @@ NB_MODULE(_native, m) {
                                            patterns, column_scale));
            })
       .def("linear", &linear)
-      .def("gather", &gather);
+      .def("gather", &gather)
+      .def("expand", &expand);
 }

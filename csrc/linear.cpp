@@ -17,6 +17,8 @@ namespace {
 constexpr size_t kMany = 12;
 // Rows of activations for which a block stays in cache; each chunk packs it anew.
 constexpr size_t kChunk = 240;
+// The same where activations stay float32: their blocks take four times the memory.
+constexpr size_t kManyFloats = 48;
 // Products for which waking another thread is worth it.
 constexpr double kWorth = 400e3;
 
@@ -88,7 +90,7 @@ struct Product {
     }
     // Rows that are not there are computed like the last one, and dropped.
     for (int r = rows; r < kRows; ++r) levels[r] = levels[rows - 1];
-    const bool many = count >= kMany;
+    const bool many = count >= (whole ? kMany : kManyFloats);
     const auto& segments = weight.segments();
     const int8_t* part[kRows];
     for (size_t s = 0; s < segments.size(); ++s) {
@@ -148,7 +150,7 @@ void linear(const Weight& weight, const float* x, size_t count, size_t x_stride,
   size_t longest = 0;
   for (const Segment& segment : weight.segments()) longest = std::max(longest, segment.end - segment.begin);
   product.levels_bytes = rounded(weight.scratch_bytes() * kRows);
-  product.panel = count >= kMany ? rounded(panel_bytes(longest)) : 0;
+  product.panel = count >= (whole ? kMany : kManyFloats) ? rounded(panel_bytes(longest)) : 0;
   product.own = product.levels_bytes + product.panel + rounded(sizeof(float) * kRows * kMostBlock);
   const size_t own_bytes = product.own * static_cast<size_t>(threads);
   const bool scaled = !whole && column_scale != nullptr;
@@ -215,6 +217,19 @@ void gather(const Weight& weight, const int64_t* ids, size_t count, float* out, 
     }
   };
   parallel((count + block - 1) / block, threads, work);
+}
+
+void expand(const Weight& weight, int8_t* out, const Isa& isa, int threads) {
+  const size_t rows = weight.rows(), columns = weight.columns(), block = 64;
+  threads = threads_for(static_cast<double>(rows) * static_cast<double>(columns), threads);
+  std::vector<int8_t> scratch(weight.scratch_bytes() * static_cast<size_t>(threads));
+  auto work = [&](size_t task, int worker) {
+    int8_t* own = scratch.data() + weight.scratch_bytes() * static_cast<size_t>(worker);
+    for (size_t row = task * block; row < std::min(rows, (task + 1) * block); ++row) {
+      std::memcpy(out + row * columns, weight.levels(row, own, isa), columns);
+    }
+  };
+  parallel((rows + block - 1) / block, threads, work);
 }
 
 }  // namespace usmlite

@@ -22,4 +22,7 @@ void linear(const Weight& weight, const float* x, size_t count, size_t x_stride,
 // Throws std::out_of_range where there is no such row.
 void gather(const Weight& weight, const int64_t* ids, size_t count, float* out, const Isa& isa, int threads);
 
+// The whole weight as levels, int8 [weight.rows(), weight.columns()].
+void expand(const Weight& weight, int8_t* out, const Isa& isa, int threads);
+
 }  // namespace usmlite

@@ -11,6 +11,8 @@ import math
 
 import numpy as np
 
+from usmlite.kernels import native
+
 _BITS = 12  # frequencies add up to 2^12
 _TOTAL = 1 << _BITS
 _CHUNK = 1 << 20
@@ -105,6 +107,13 @@ def decode(data: np.ndarray, bits: int, count: int, tables: int = 1) -> np.ndarr
     Raises:
         ValueError: the bytes are not what `encode` makes for so many codes of so many bits.
     """
+    if native.chosen() is not None:
+        return native.decode_codes(data, bits, count, tables)
+    return reference_decode(data, bits, count, tables)
+
+
+def reference_decode(data: np.ndarray, bits: int, count: int, tables: int = 1) -> np.ndarray:
+    """`decode` in NumPy, a step of all lanes at a time."""
     lanes, symbols, run = lanes_for(count), 1 << bits, -(-count // tables)
     head = 2 * tables * symbols
     if len(data) < head + 4 * lanes or (len(data) - head) % 2:

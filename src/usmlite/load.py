@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from usmlite.checkpoint import load_student
 from usmlite.errors import ModelError
 from usmlite.models import Teacher, load_teacher
-from usmlite.packed import load_packed
+from usmlite.packed import Hold, fastest_hold, load_packed
 from usmlite.packfile import WEIGHTS_NAME, is_packed
 from usmlite.recipe import Recipe, load_recipe
 from usmlite.runtime import Recognizer
@@ -21,17 +20,16 @@ SPEC_FILE = "spec.toml"
 """The rules that were chosen for a target size, as a recipe of their own."""
 
 
-def load(
-    source: str | Path = DEFAULT, *, hold: Literal["float32", "int8", "packed"] = "float32"
-) -> Recognizer:
+def load(source: str | Path = DEFAULT, *, hold: Hold | None = None) -> Recognizer:
     """Loads a model for transcription and evaluation.
 
     Args:
         source: the name of a model that comes with usmlite ("tiny.en-small", a packed one, the default); a
             packed model's directory; a run's directory (its packed model is taken); a student that a run
             saved (`RUN/best`, `RUN/checkpoints/step-000200`); or anything `load_teacher` takes.
-        hold: how a packed model's weights are kept in memory: expanded to "float32" (fastest for now),
-            as "int8" codes, or "packed" as in the file (smallest).
+        hold: how a packed model's weights are kept in memory: expanded to "float32", as "int8" codes, or
+            "packed" as in the file (smallest). None chooses the fastest: "int8" with the native library,
+            "float32" without.
 
     Raises:
         ModelError: unknown or unsupported source.
@@ -56,7 +54,7 @@ def load(
             )
         path = path / PACKED_FOLDER
     if is_packed(path):
-        model, adapter = load_packed(path, hold=hold)
+        model, adapter = load_packed(path, hold=hold or fastest_hold())
         size = (path / WEIGHTS_NAME).stat().st_size
         return Recognizer(model, adapter, name=str(source), kind="packed", weights_bytes=size)
     if (path / STUDENT_FILE).is_file():

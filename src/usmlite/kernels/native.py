@@ -12,7 +12,7 @@ import functools
 import os
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -32,14 +32,10 @@ _NOTHING = (0, 0)
 _BYTE = range(-128, 128)
 
 
+@functools.cache
 def paths() -> tuple[str, ...]:
     """The instruction sets that the library can use on this processor, best first; empty without it."""
     return () if _native is None else tuple(_native.paths())
-
-
-@functools.cache
-def _path_numbers() -> dict[str, int]:
-    return {name: number for number, name in enumerate(paths())}
 
 
 def chosen() -> str | None:
@@ -94,11 +90,13 @@ class NativeWeight:
         activations: "int8" rounds each row of activations to 256 steps between its smallest and its largest
             number (or zero) and multiplies in whole numbers; "float32" leaves them as they are.
         handle: the library's own description.
+        path: the number of the instruction set in `paths()`.
     """
 
     weight: Weight
     activations: Activations
-    handle: Any
+    handle: _native.Weight
+    path: int
 
     @property
     def rows(self) -> int:
@@ -111,33 +109,46 @@ class NativeWeight:
         return self.weight.columns
 
 
-def prepare(weight: Weight, activations: Activations = "int8") -> NativeWeight | Weight:
-    """The weight as the native library wants it, or itself where that cannot be.
+def prepare(
+    weight: Weight, activations: Activations = "int8", *, path: str | None = None
+) -> NativeWeight | None:
+    """The weight as the native library wants it; None where the reference has to do.
 
     That is so without the library, on a GPU, for float16 values, and for 8-bit codes whose distances from zero
     take more than a byte (asymmetric ones, or zero between two codes).
+
+    Args:
+        weight: packed, or expanded; its tensors must not be changed afterwards.
+        activations: how to multiply.
+        path: the instruction set, one of `paths()`; None for the chosen one.
+
+    Raises:
+        ValueError: there is no such path, or the tensors do not fit together.
     """
-    if _native is None or not _supported(weight):
-        return weight
-    scale, zero, pattern = _NOTHING, _NOTHING, _NOTHING
-    layout = (0, 0, 0, 0)
+    path = path or chosen()
+    if path is None or not _supported(weight):
+        return None
+    if path not in paths():
+        raise ValueError(f"no path {path!r} here, only {', '.join(paths())}")
+    layout, zero, pattern, column_scale = (0, 0, 0, 0), _NOTHING, _NOTHING, _NOTHING
     offset = bits = 0
     if isinstance(weight, ExpandedWeight):
-        codes, steps = weight.levels, weight.step
+        codes, scale = weight.levels, weight.step
     else:
-        codes, steps = weight.codes, weight.scale
+        codes, scale = weight.codes, weight.scale
         bits, offset = weight.bits or 0, int(2 * weight.offset)
         if weight.zero is not None:
-            zero = _memory(weight.zero, torch.uint8, (weight.rows, *weight.zero.shape[1:]))
+            zero = _memory(weight.zero, torch.uint8)
         if weight.layout is not None and weight.pattern is not None:
             found = weight.layout
             layout = (found.n, found.m, found.word_bytes, found.digits)
-            pattern = _memory(weight.pattern, torch.uint8, (weight.rows, *weight.pattern.shape[1:]))
-    assert steps is not None
-    # Copied by the library: these need to live for the call only.
-    floats = steps.to(torch.float32).contiguous()
+            pattern = _memory(weight.pattern, torch.uint8)
+    assert scale is not None
+    # These are copied, and need to live for the call only.
+    scales = scale.to(torch.float32).contiguous()
     columns = None if weight.column_scale is None else weight.column_scale.to(torch.float32).contiguous()
-    scale = _memory(floats, torch.float32, (weight.rows, *steps.shape[1:]))
+    if columns is not None:
+        column_scale = _memory(columns, torch.float32)
     handle = _native.Weight(
         weight.rows,
         weight.columns,
@@ -145,13 +156,13 @@ def prepare(weight: Weight, activations: Activations = "int8") -> NativeWeight |
         bits,
         offset,
         layout,
-        _memory(codes, codes.dtype, (weight.rows, *codes.shape[1:])),
-        scale,
+        _memory(codes, codes.dtype),
+        _memory(scales, torch.float32),
         zero,
         pattern,
-        _NOTHING if columns is None else _memory(columns, torch.float32, (weight.columns,)),
+        column_scale,
     )
-    return NativeWeight(weight, activations, handle)
+    return NativeWeight(weight, activations, handle, paths().index(path))
 
 
 def _supported(weight: Weight) -> bool:
@@ -167,99 +178,115 @@ def _supported(weight: Weight) -> bool:
             factor = 1 if weight.offset == int(weight.offset) else 2
             highest = (1 << weight.bits) - 1
             fits = fits and all(int((code - weight.offset) * factor) in _BYTE for code in (0, highest))
-    return fits and all(
-        tensor is None or (tensor.device.type == "cpu" and tensor.is_contiguous()) for tensor in tensors
+    return (
+        fits
+        and weight.columns > 0
+        and all(
+            tensor is None or (tensor.device.type == "cpu" and tensor.is_contiguous()) for tensor in tensors
+        )
     )
 
 
-def _memory(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Address and bytes of a tensor that is what the library will take it for."""
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
-        raise ValueError(f"expected contiguous {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
-    if tensor.device.type != "cpu":
-        raise ValueError(f"expected a tensor in memory, got one on {tensor.device}")
+def _memory(tensor: Tensor, dtype: torch.dtype) -> tuple[int, int]:
+    """Address and bytes of a tensor, which the library compares with the sizes that it expects."""
+    if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError(f"expected contiguous {dtype} in memory, got {tensor.dtype} on {tensor.device}")
     return tensor.data_ptr(), tensor.nbytes
 
 
 def suits(x: Tensor) -> bool:
-    """Whether the native library may compute with these activations: in memory, and nobody wants gradients."""
+    """Whether the library may compute with these activations: in memory, real, and nobody wants gradients."""
     return (
-        x.device.type == "cpu"
+        type(x) is Tensor
+        and x.device.type == "cpu"
         and x.is_floating_point()
-        and type(x) in (Tensor, torch.nn.Parameter)
         and not (x.requires_grad and torch.is_grad_enabled())
     )
 
 
-def linear(x: Tensor, weight: NativeWeight, bias: Tensor | None = None, *, path: str | None = None) -> Tensor:
+def linear(x: Tensor, weight: NativeWeight, bias: Tensor | None = None) -> Tensor:
     """X times the transposed weight, plus bias.
 
     Args:
         x: float `[..., columns]`, in memory.
         weight: `[rows, columns]`.
         bias: `[rows]`, or None.
-        path: the instruction set, one of `paths()`; None for the chosen one.
 
     Returns:
         `[..., rows]` in x's dtype; computed in float32, or in whole numbers (see `NativeWeight`).
 
     Raises:
-        ValueError: shapes do not fit, or there is no such path.
+        ValueError: shapes do not fit.
     """
-    if x.dim() == 0 or x.shape[-1] != weight.columns:
-        raise ValueError(f"expected [..., {weight.columns}], got {list(x.shape)}")
-    flat = x.detach().to(torch.float32).reshape(-1, weight.columns).contiguous()
-    return strided_linear(flat, weight, bias, path=path).reshape(*x.shape[:-1], weight.rows).to(x.dtype)
+    columns = weight.columns
+    if x.dim() == 0 or x.shape[-1] != columns:
+        raise ValueError(f"expected [..., {columns}], got {list(x.shape)}")
+    dtype = x.dtype
+    if dtype is not torch.float32:
+        x = x.to(torch.float32)
+    x = x.contiguous()
+    out = torch.empty((*x.shape[:-1], weight.rows))
+    _multiply(x, weight, bias, x.numel() // columns, columns, out)
+    return out if dtype is torch.float32 else out.to(dtype)
 
 
-def strided_linear(
-    x: Tensor, weight: NativeWeight, bias: Tensor | None = None, *, path: str | None = None
-) -> Tensor:
-    """`linear` for rows that may overlap, as the windows of a convolution do.
+def convolve(x: Tensor, weight: NativeWeight, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    """A 1-D convolution: `linear` for every window of the frames.
+
+    With the channels of a frame next to each other, so are the numbers of a window; windows overlap in memory.
 
     Args:
-        x: float32 `[count, columns]`, in memory, the numbers of a row next to each other.
-        weight: `[rows, columns]`.
-        bias: `[rows]`, or None.
-        path: as for `linear`.
+        x: float `[batch, channels, frames]`, in memory.
+        weight: `[out, width * channels]`, the channels of one place next to each other.
+        bias: `[out]`, or None.
+        stride: frames from one window to the next, at least 1.
+        padding: frames of zeros on both sides.
 
     Returns:
-        float32 `[count, rows]`.
+        `[batch, out, windows]` in x's dtype.
+
+    Raises:
+        ValueError: shapes do not fit, or the frames hold no window.
     """
-    count, columns = x.shape
-    stride = x.stride(0)
-    if x.dtype != torch.float32 or columns != weight.columns or x.device.type != "cpu" or stride < 0:
-        raise ValueError(f"expected float32 [count, {weight.columns}] in memory, got {x.dtype} {list(x.shape)}")
-    if columns > 1 and x.stride(1) != 1:
-        raise ValueError("the numbers of a row must lie next to each other")
-    out = torch.empty(count, weight.rows)
-    if not count:
-        return out
+    batch, channels, frames = x.shape
+    width, rest = divmod(weight.columns, channels)
+    windows = (frames + 2 * padding - width) // stride + 1
+    if rest or width < 1 or stride < 1 or padding < 0 or windows < 1:
+        raise ValueError(f"no window of {weight.columns} numbers in {list(x.shape)} with padding {padding}")
+    rows = torch.zeros(batch, frames + 2 * padding, channels)
+    rows[:, padding : padding + frames] = x.transpose(1, 2)
+    out = torch.empty(batch, windows, weight.rows)
+    for one, result in zip(rows, out, strict=True):
+        _multiply(one, weight, bias, windows, stride * channels, result)
+    return out.transpose(1, 2).to(x.dtype)
+
+
+def _multiply(x: Tensor, weight: NativeWeight, bias: Tensor | None, count: int, stride: int, out: Tensor) -> None:
     added = _NOTHING
     if bias is not None:
-        bias = bias.detach().to(torch.float32).contiguous()
-        added = _memory(bias, torch.float32, (weight.rows,))
-    size = 4 * ((count - 1) * stride + columns)
+        if bias.dtype is not torch.float32:
+            bias = bias.to(torch.float32)
+        added = _memory(bias.contiguous(), torch.float32)
+        if added[1] != 4 * weight.rows:
+            raise ValueError(f"expected a bias of {weight.rows} numbers, got {list(bias.shape)}")
     weight.handle.linear(
-        (x.data_ptr(), size),
+        (x.data_ptr(), x.nbytes),
         count,
         stride,
         added,
         (out.data_ptr(), out.nbytes),
         weight.activations == "int8",
-        _number(path),
+        weight.path,
         torch.get_num_threads(),
     )
-    return out
 
 
-def embedding(ids: Tensor, weight: NativeWeight, *, path: str | None = None) -> Tensor:
+def embedding(ids: Tensor, weight: NativeWeight) -> Tensor:
     """Rows of the weight by number; only those are unpacked.
 
     Args:
         ids: whole numbers `[...]`, in memory.
         weight: `[rows, columns]`.
-        path: as for `linear`.
 
     Returns:
         float32 `[..., columns]`, the same to the last bit as the reference's.
@@ -270,17 +297,30 @@ def embedding(ids: Tensor, weight: NativeWeight, *, path: str | None = None) -> 
     flat = ids.reshape(-1).to(torch.int64).contiguous()
     out = torch.empty(flat.numel(), weight.columns)
     weight.handle.gather(
-        _memory(flat, torch.int64, (flat.numel(),)),
+        _memory(flat, torch.int64),
         flat.numel(),
         (out.data_ptr(), out.nbytes),
-        _number(path),
+        weight.path,
         torch.get_num_threads(),
     )
     return out.reshape(*ids.shape, weight.columns)
 
 
-def _number(path: str | None) -> int:
-    name = path or chosen() or paths()[-1]
-    if name not in _path_numbers():
-        raise ValueError(f"no path {name!r} here, only {', '.join(paths())}")
-    return _path_numbers()[name]
+def unpack(weight: NativeWeight) -> Tensor:
+    """The weight in full, float32 `[rows, columns]`, the same to the last bit as the reference's."""
+    return embedding(torch.arange(weight.rows), weight)
+
+
+def expand(weight: NativeWeight) -> ExpandedWeight:
+    """One small integer per weight, as the reference does it."""
+    packed = weight.weight
+    if isinstance(packed, ExpandedWeight):
+        return packed
+    assert packed.scale is not None
+    levels = torch.empty(weight.rows, weight.columns, dtype=torch.int8)
+    weight.handle.expand((levels.data_ptr(), levels.nbytes), weight.path, torch.get_num_threads())
+    step = packed.scale.float()
+    if packed.zero is None and packed.offset != int(packed.offset):
+        step = step * 0.5  # levels are doubled there, see the reference
+    column_scale = None if packed.column_scale is None else packed.column_scale.float()
+    return ExpandedWeight(levels, step, packed.group, column_scale)
