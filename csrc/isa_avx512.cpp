@@ -201,12 +201,78 @@ void multiply_float512(const void* panel, const float* x, size_t stride, int col
   for (; c < columns; ++c) multiply_float_of<1>(panel, x + c * stride, stride, count, sums + c * kRows);
 }
 
+// 32 bytes of two codes each to 64 levels.
+inline __m512i levels_of(__m256i bytes, __m512i offset) {
+  const __m512i words = _mm512_cvtepu8_epi16(bytes);
+  const __m512i codes = _mm512_and_si512(_mm512_or_si512(words, _mm512_slli_epi16(words, 4)), _mm512_set1_epi8(15));
+  return _mm512_sub_epi8(codes, offset);
+}
+
+void unpack512(const uint8_t* row, int bits, size_t first, size_t count, int offset, int factor, int8_t* levels) {
+  if (bits == 4 && first % 2 == 0) {
+    const __m512i zero = _mm512_set1_epi8(static_cast<char>(offset));
+    for (; count >= 64; first += 64, count -= 64, levels += 64) {
+      const void* bytes = row + first / 2;
+      __m512i found = levels_of(_mm256_loadu_si256(static_cast<const __m256i*>(bytes)), zero);
+      if (factor == 2) found = _mm512_add_epi8(found, found);
+      _mm512_storeu_si512(levels, found);
+    }
+  }
+  unpack(row, bits, first, count, offset, factor, levels);
+}
+
+// For every byte of 2:4 patterns, which of its 12 places are kept.
+struct Masks {
+  uint16_t of[256] = {};
+  constexpr Masks() {
+    for (int byte = 0; byte < 256; ++byte) {
+      for (int group = 0, ranks = byte; group < 3; ++group, ranks /= 6) {
+        for (int i = 0; i < 2; ++i) {
+          of[byte] = static_cast<uint16_t>(of[byte] | 1 << (4 * group + kPlaces2of4[ranks % 6][i]));
+        }
+      }
+    }
+  }
+};
+constexpr Masks kMasks;
+
+// The instruction that puts bytes in their places is a later one than the rest of this file needs.
+__attribute__((target("avx512vbmi2"))) size_t unpack_2of4_vbmi2(const uint8_t* codes, const uint8_t* patterns,
+                                                                size_t groups, int offset, int8_t* levels) {
+  const __m256i zero = _mm256_set1_epi8(static_cast<char>(offset));
+  size_t done = 0;
+  for (; done + 48 <= groups; done += 48, codes += 48, patterns += 16, levels += 192) {
+    uint64_t m[16];
+    UNROLL for (int i = 0; i < 16; ++i) m[i] = kMasks.of[patterns[i]];
+    const uint64_t masks[3] = {
+        m[0] | m[1] << 12 | m[2] << 24 | m[3] << 36 | m[4] << 48 | m[5] << 60,
+        m[5] >> 4 | m[6] << 8 | m[7] << 20 | m[8] << 32 | m[9] << 44 | m[10] << 56,
+        m[10] >> 8 | m[11] << 4 | m[12] << 16 | m[13] << 28 | m[14] << 40 | m[15] << 52,
+    };
+    UNROLL for (int i = 0; i < 3; ++i) {
+      const __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16 * i)));
+      const __m256i kept = _mm256_sub_epi8(
+          _mm256_and_si256(_mm256_or_si256(words, _mm256_slli_epi16(words, 4)), _mm256_set1_epi8(15)), zero);
+      _mm512_storeu_si512(levels + 64 * i, _mm512_maskz_expand_epi8(masks[i], _mm512_castsi256_si512(kept)));
+    }
+  }
+  return done;
+}
+
+void unpack_2of4_512(const uint8_t* codes, const uint8_t* patterns, size_t groups, int offset, int factor,
+                     int8_t* levels) {
+  static const bool expands = __builtin_cpu_supports("avx512vbmi2");
+  size_t done = 0;
+  if (expands && factor == 1) done = unpack_2of4_vbmi2(codes, patterns, groups, offset, levels);
+  unpack_2of4(codes + done, patterns + done / 3, groups - done, offset, factor, levels + 4 * done);
+}
+
 }  // namespace
 
 extern const Isa kAvx512;
 const Isa kAvx512 = {
     "avx512vnni", available, 12, 0, 0, quantize<0>, dot512, dot_float512, pack512, pack_float, multiply512,
-    multiply_float512, finish<0>, finish_float, unpack, unpack_2of4,
+    multiply_float512, finish<0>, finish_float, unpack512, unpack_2of4_512,
 };
 
 }  // namespace usmlite

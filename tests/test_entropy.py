@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from usmlite import entropy
+from usmlite.kernels import native
 
 
 def entropy_bytes(codes: np.ndarray) -> float:
@@ -27,13 +29,16 @@ def test_what_is_decoded_is_what_was_encoded(bits: int, count: int, width: float
     data = entropy.encode(codes, bits)
     assert data.dtype == np.uint8
     assert np.array_equal(entropy.decode(data, bits, count), codes)
+    assert np.array_equal(entropy.reference_decode(data, bits, count), codes)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 8), st.integers(1, 5000), st.integers(1, 64), st.integers(0, 2**32 - 1))
 def test_any_number_of_tables_comes_back(bits: int, count: int, tables: int, seed: int) -> None:
     codes = np.random.default_rng(seed).integers(0, 1 << bits, count).astype(np.uint8)
-    assert np.array_equal(entropy.decode(entropy.encode(codes, bits, tables), bits, count, tables), codes)
+    data = entropy.encode(codes, bits, tables)
+    assert np.array_equal(entropy.decode(data, bits, count, tables), codes)
+    assert np.array_equal(entropy.reference_decode(data, bits, count, tables), codes)
 
 
 def test_tables_pay_where_runs_differ() -> None:
@@ -71,7 +76,11 @@ def test_rare_codes_survive_next_to_very_frequent_ones() -> None:
     assert np.array_equal(entropy.decode(entropy.encode(codes, 8), 8, codes.size), codes)
 
 
-def test_altered_bytes_are_noticed() -> None:
+DECODERS = [entropy.reference_decode, *([native.decode_codes] if native.paths() else [])]
+
+
+@pytest.mark.parametrize("decode", DECODERS)
+def test_altered_bytes_are_noticed(decode: Callable[..., np.ndarray]) -> None:
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 16, 5000).astype(np.uint8)
     data = entropy.encode(codes, 4)
@@ -79,10 +88,35 @@ def test_altered_bytes_are_noticed() -> None:
         altered = data.copy()
         altered[place] ^= 0x55
         with contextlib.suppress(ValueError):
-            assert not np.array_equal(entropy.decode(altered, 4, codes.size), codes)
+            assert not np.array_equal(decode(altered, 4, codes.size, 1), codes)
     for cut in (data[:10], data[:-2], data[:-1], np.concatenate([data, data[:2]])):
         with pytest.raises(ValueError, match=r"codes|early|end"):
-            entropy.decode(cut, 4, codes.size)
+            decode(cut, 4, codes.size, 1)
+
+
+@pytest.mark.skipif(not native.paths(), reason="installed without the native library")
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_both_decoders_make_the_same_of_hostile_bytes(data: st.DataObject) -> None:
+    """The same codes, or the same refusal in the same words."""
+    bits, tables = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 64))
+    count = data.draw(st.integers(0, 3000))
+    seed = data.draw(st.integers(0, 2**32 - 1))
+    rng = np.random.default_rng(seed)
+    if count and data.draw(st.booleans()):
+        coded = entropy.encode(rng.integers(0, 1 << bits, count).astype(np.uint8), bits, tables)
+        for place in data.draw(st.lists(st.integers(0, len(coded) - 1), max_size=3)):
+            coded[place] ^= data.draw(st.integers(1, 255))
+        coded = coded[: data.draw(st.integers(0, len(coded)) | st.just(len(coded)))]
+    else:
+        coded = rng.integers(0, 256, data.draw(st.integers(0, 2000))).astype(np.uint8)
+    results: list[object] = []
+    for decode in DECODERS:
+        try:
+            results.append(decode(coded, bits, count, tables).tolist())
+        except ValueError as error:
+            results.append(str(error))
+    assert results[0] == results[1]
 
 
 def test_lanes_are_few_enough_to_cost_little() -> None:

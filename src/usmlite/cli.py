@@ -298,8 +298,9 @@ def _add_demo(commands: Any) -> None:
 
 def _add_hold(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--hold", choices=HOLDS, default="float32",
-        help="a packed model's weights in memory: float32 is fastest, packed is smallest (default: float32)",
+        "--hold", choices=HOLDS, default=None,
+        help="a packed model's weights in memory: int8 is fastest, packed is smallest (default: int8, or "
+        "float32 where usmlite was installed without its native library)",
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ import jiwer
 import numpy as np
 import torch
 
+from usmlite import kernels
 from usmlite.audio import SAMPLE_RATE, load_audio
 from usmlite.data import Utterance
 from usmlite.errors import DataError
@@ -304,7 +305,7 @@ def worst(evaluation: Evaluation, count: int) -> list[str]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Returns what a speed depends on: processor, cores, torch's threads, GPU, operating system."""
+    """Returns what a speed depends on: processor, cores, torch's threads, kernels, GPU, operating system."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = None
     if torch.cuda.is_available():
@@ -315,6 +316,7 @@ def describe_machine() -> dict[str, Any]:
         "cpu": _processor(),
         "cores": usable,
         "torch_threads": torch.get_num_threads(),
+        "kernels": kernels.implementation(),
         "gpu": gpu,
         "os": platform.platform(),
     }

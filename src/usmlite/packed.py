@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, WhisperConfig, WhisperForConditionalGeneration
 
 from usmlite import kernels, packfile
-from usmlite.errors import OutputError, PackedModelError
+from usmlite.errors import ModelError, OutputError, PackedModelError
 from usmlite.models import WhisperAdapter
 from usmlite.packfile import CONFIG_NAME, WEIGHTS_NAME, Manifest, WeightsFile
 
@@ -32,9 +32,12 @@ def fastest_hold() -> Hold:
     """How weights should be held where speed is what counts.
 
     Raises:
-        ValueError: the environment asks for kernels that are not there.
+        ModelError: the environment asks for kernels that are not there.
     """
-    return "float32" if kernels.implementation() == "reference" else "int8"
+    try:
+        return "float32" if kernels.implementation() == "reference" else "int8"
+    except ValueError as error:
+        raise ModelError("no such kernels", found=error, remedy="Unset the variable.") from None
 
 
 class StoredWeight(nn.Module):
@@ -200,20 +203,23 @@ def load_packed(
         directory: what `pack` wrote.
         hold: how the weights are kept in memory: "float32" expands them once; "int8" keeps one byte per
             weight, "packed" the bytes of the file, and both multiply by these with the native library.
-            Without it they are multiplied by the scale, or unpacked, in every call, and "float32" is the fastest.
-        activations: what the native library multiplies weights of "int8" and "packed" with: "int8" rounds each row
-            of activations to 256 steps, "float32" leaves them as they are.
+            Without it they are multiplied by the scale, or unpacked, in every call, and "float32" is the
+            fastest.
+        activations: what the native library multiplies weights of "int8" and "packed" with: "int8" rounds
+            each row of activations to 256 steps, "float32" leaves them as they are.
 
     Returns:
         The Transformers model in eval mode, no parameter requiring a gradient, and its adapter.
 
     Raises:
         PackedModelError: the directory is damaged, altered, not ours or from a newer usmlite.
-        ModelError: its tokenizer is missing or damaged.
+        ModelError: its tokenizer is missing or damaged, or the environment asks for kernels that are not
+            there.
         ValueError: there is no such `hold`.
     """
     if hold not in HOLDS:
         raise ValueError(f"hold must be one of {', '.join(HOLDS)}, got {hold!r}")
+    fastest_hold()  # refuses a wrong environment before anything is read
     kernels.warn_if_missing()
     folder = Path(directory)
     config_path = folder / CONFIG_NAME

@@ -28,7 +28,7 @@ from usmlite.kernels.weights import (
 
 
 def implementation() -> str:
-    """What runs the operations of this module: "reference", or "native" and the instruction set in brackets."""
+    """What runs the operations of this module: "reference", or "native (...)" with the instruction set."""
     path = native.chosen()
     return "reference" if path is None else f"native ({path})"
 

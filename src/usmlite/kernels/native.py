@@ -9,10 +9,12 @@ one.
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import warnings
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -20,13 +22,20 @@ from torch import Tensor
 
 from usmlite.kernels.weights import ExpandedWeight, PackedWeight
 
-try:
-    from usmlite.kernels import _native
-except ImportError:  # installed without a compiler, or run from a checkout that was never installed
-    _native = None  # type: ignore[assignment, unused-ignore]
+if TYPE_CHECKING:
+    import usmlite.kernels._native as _native
+
+
+def _load() -> ModuleType | None:
+    try:
+        return importlib.import_module("usmlite.kernels._native")
+    except ImportError:  # installed without a compiler, or run from a checkout that was never installed
+        return None
+
 
 Activations = Literal["int8", "float32"]
 VARIABLE = "USMLITE_KERNELS"
+_library = _load()
 _NOTHING = (0, 0)
 # Each weight takes a byte in registers; codes whose distance from zero takes more have the reference only.
 _BYTE = range(-128, 128)
@@ -35,7 +44,7 @@ _BYTE = range(-128, 128)
 @functools.cache
 def paths() -> tuple[str, ...]:
     """The instruction sets that the library can use on this processor, best first; empty without it."""
-    return () if _native is None else tuple(_native.paths())
+    return () if _library is None else tuple(_library.paths())
 
 
 def chosen() -> str | None:
@@ -57,13 +66,19 @@ def chosen() -> str | None:
 @functools.cache
 def warn_if_missing() -> None:
     """Says once that the library is missing, and what that means."""
-    if _native is None and os.environ.get(VARIABLE, "") != "reference":
+    if _library is None and os.environ.get(VARIABLE, "") != "reference":
         warnings.warn(
-            "usmlite was installed without its native library (it needs a C++17 compiler when it is installed): "
+            "usmlite was installed without its native library (for which it needs a C++17 compiler then): "
             f"packed models load and run several times slower. {VARIABLE}=reference silences this.",
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+def _binding() -> ModuleType:
+    if _library is None:
+        raise RuntimeError("the native library is not there")
+    return _library
 
 
 def decode_codes(data: np.ndarray, bits: int, count: int, tables: int) -> np.ndarray:
@@ -72,7 +87,7 @@ def decode_codes(data: np.ndarray, bits: int, count: int, tables: int) -> np.nda
     data = np.ascontiguousarray(data)
     if data.dtype != np.uint8:
         raise ValueError(f"coded bytes must be uint8, got {data.dtype}")
-    _native.rans_decode((data.ctypes.data, data.nbytes), bits, tables, (out.ctypes.data, out.nbytes))
+    _binding().rans_decode((data.ctypes.data, data.nbytes), bits, tables, (out.ctypes.data, out.nbytes))
     return out
 
 
@@ -114,8 +129,8 @@ def prepare(
 ) -> NativeWeight | None:
     """The weight as the native library wants it; None where the reference has to do.
 
-    That is so without the library, on a GPU, for float16 values, and for 8-bit codes whose distances from zero
-    take more than a byte (asymmetric ones, or zero between two codes).
+    That is so without the library, on a GPU, for float16 values, and for 8-bit codes whose distances from
+    zero take more than a byte (asymmetric ones, or zero between two codes).
 
     Args:
         weight: packed, or expanded; its tensors must not be changed afterwards.
@@ -149,7 +164,7 @@ def prepare(
     columns = None if weight.column_scale is None else weight.column_scale.to(torch.float32).contiguous()
     if columns is not None:
         column_scale = _memory(columns, torch.float32)
-    handle = _native.Weight(
+    handle = _binding().Weight(
         weight.rows,
         weight.columns,
         min(weight.group or 0, weight.columns),
@@ -233,7 +248,8 @@ def linear(x: Tensor, weight: NativeWeight, bias: Tensor | None = None) -> Tenso
 def convolve(x: Tensor, weight: NativeWeight, bias: Tensor | None, stride: int, padding: int) -> Tensor:
     """A 1-D convolution: `linear` for every window of the frames.
 
-    With the channels of a frame next to each other, so are the numbers of a window; windows overlap in memory.
+    With the channels of a frame next to each other, so are the numbers of a window, and windows overlap in
+    memory.
 
     Args:
         x: float `[batch, channels, frames]`, in memory.
@@ -261,12 +277,13 @@ def convolve(x: Tensor, weight: NativeWeight, bias: Tensor | None, stride: int, 
     return out.transpose(1, 2).to(x.dtype)
 
 
-def _multiply(x: Tensor, weight: NativeWeight, bias: Tensor | None, count: int, stride: int, out: Tensor) -> None:
+def _multiply(
+    x: Tensor, weight: NativeWeight, bias: Tensor | None, count: int, stride: int, out: Tensor
+) -> None:
     added = _NOTHING
     if bias is not None:
-        if bias.dtype is not torch.float32:
-            bias = bias.to(torch.float32)
-        added = _memory(bias.contiguous(), torch.float32)
+        bias = bias.to(torch.float32).contiguous()  # kept in this name until the call is over
+        added = _memory(bias, torch.float32)
         if added[1] != 4 * weight.rows:
             raise ValueError(f"expected a bias of {weight.rows} numbers, got {list(bias.shape)}")
     weight.handle.linear(
