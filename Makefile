@@ -4,6 +4,7 @@
 #   make test                       lint, types and tests; what CI runs
 #   make slow                       the tests that take minutes
 #   make bench                      what compression adds to a training step, what the native kernels save
+#   make limits                     what this machine can compute and read at most; needs CMake
 #   make sanitize                   the native library under AddressSanitizer and UBSan; needs CMake.
 #                                   SANITIZED=600 for ten minutes instead of one
 #   make test PYTHON=python3.12     with another Python (3.10 to 3.13)
@@ -18,10 +19,12 @@ CMAKE     ?= cmake
 SANITIZED ?= 60
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
+# What a package is built with is pinned as well; older and newer pip read different variables for it.
+PIP := PIP_CONSTRAINT="$(CURDIR)/constraints.txt" PIP_BUILD_CONSTRAINT="$(CURDIR)/constraints.txt" \
+  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit slow bench sanitize format clean distclean
+.PHONY: help demo test lint types unit slow bench limits sanitize format clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -47,6 +50,12 @@ slow: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/step_cost.py
 	$(BIN)/python benchmarks/native.py
+
+limits:
+	$(CMAKE) -S . -B build/limits -DUSMLITE_LIMITS=ON
+	$(CMAKE) --build build/limits --parallel
+	build/limits/usmlite_limits 1
+	build/limits/usmlite_limits 2
 
 sanitize:
 	$(CMAKE) -S . -B build/sanitize -DUSMLITE_SANITIZE=ON

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from small_whisper import logits, small_student
+from usmlite import kernels
 from usmlite.errors import OutputError, PackedModelError
+from usmlite.kernels import native
 from usmlite.pack import pack
 from usmlite.packed import (
     HOLDS,
@@ -21,6 +23,7 @@ from usmlite.packed import (
     PackedEmbedding,
     PackedLinear,
     PackedPositions,
+    StoredWeight,
     load_packed,
 )
 from usmlite.packfile import WeightsFile
@@ -49,11 +52,37 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
 @pytest.mark.parametrize("hold", HOLDS)
 def test_the_packed_model_computes_what_the_student_does(made: tuple[nn.Module, Path], hold: Hold) -> None:
     student, folder = made
-    model, adapter = load_packed(folder, hold=hold)
+    model, adapter = load_packed(folder, hold=hold, activations="float32")
     torch.testing.assert_close(logits(model), logits(student), rtol=1e-5, atol=1e-5)
     assert adapter.start == model.generation_config.decoder_start_token_id
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("hold", ["int8", "packed"])
+def test_rounded_activations_change_little(made: tuple[nn.Module, Path], hold: Hold) -> None:
+    student, folder = made
+    model, _ = load_packed(folder, hold=hold, activations="int8")
+    found, expected = logits(model), logits(student)
+    assert float((found - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.skipif(not native.paths(), reason="installed without the native library")
+def test_weights_are_prepared_once_and_again_after_a_change(made: tuple[nn.Module, Path]) -> None:
+    model, _ = load_packed(made[1], hold="int8")
+    expected = logits(model)
+    weight = model.proj_out.weight
+    assert isinstance(weight, StoredWeight)
+    assert isinstance(weight.operand, kernels.NativeWeight)
+    assert weight.operand is weight.operand
+    copied = copy.deepcopy(model)
+    assert copied.proj_out.weight.operand is not weight.operand
+    assert torch.equal(logits(copied), expected)
+    state = copied.state_dict()
+    copied.load_state_dict({name: torch.zeros_like(value) for name, value in state.items()})
+    assert not torch.equal(logits(copied), expected)
+    copied.load_state_dict(model.state_dict())
+    assert torch.equal(logits(copied), expected)
 
 
 def test_dense_weights_are_those_of_the_student(made: tuple[nn.Module, Path]) -> None:
