@@ -1,7 +1,7 @@
 """Puts a run's packed model into models/, with a model card made from its measured result.
 
-    python benchmarks/ship.py tiny.en-small --run runs/9.4-percent \\
-        --result results/librispeech/9.4-percent.json
+    python benchmarks/ship.py tiny.en-small --run runs/9.4-percent-no-finetuning \\
+        --result results/librispeech/9.4-percent-no-finetuning.json
 
 The run is one of benchmarks/librispeech.py; the result is what that measured of it on test.
 """

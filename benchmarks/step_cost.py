@@ -21,8 +21,8 @@ from usmlite.distill import Distillation, LossWeights
 from usmlite.evaluate import describe_machine, describe_versions
 from usmlite.finetune import autocast_precision, make_optimizer
 from usmlite.load import student_options
-from usmlite.masks import attach
 from usmlite.models import TimedText, load_teacher
+from usmlite.movement import attach
 from usmlite.recipe import build_recipe
 from usmlite.student import make_student
 

@@ -94,11 +94,24 @@ void expand(const Weight& weight, Memory out, size_t path, int threads) {
   usmlite::expand(weight, to, isa, threads);
 }
 
-void rans_decode(Memory data, int bits, int tables, Memory out) {
-  const Bytes from = bytes(data);
-  uint8_t* to = numbers<uint8_t>(out, out.second, "out has no address");
+void rans_decode(Memory stream, int bits, int lowest, Memory row_levels, Memory column_levels, int tables,
+                 Memory frequencies, Memory out) {
+  usmlite::Coded coded;
+  coded.bits = bits;
+  coded.tables = tables;
+  coded.lowest = lowest;
+  coded.rows = row_levels.second;
+  coded.columns = column_levels.second;
+  coded.row_levels = numbers<const uint8_t>(row_levels, coded.rows, "levels have no address");
+  coded.column_levels = numbers<const uint8_t>(column_levels, coded.columns, "levels have no address");
+  if (bits < 1 || bits > 8 || tables < 1) throw std::invalid_argument("impossible codes");
+  coded.frequencies =
+      numbers<const uint16_t>(frequencies, product(static_cast<size_t>(tables), size_t{1} << bits), "too few frequencies");
+  coded.stream = numbers<const uint8_t>(stream, stream.second, "the stream has no address");
+  coded.stream_bytes = stream.second;
+  uint8_t* to = numbers<uint8_t>(out, product(coded.rows, coded.columns), "out is too small");
   nb::gil_scoped_release free;
-  usmlite::rans_decode(from.at(0), from.size, bits, out.second, tables, to);
+  usmlite::rans_decode(coded, to);
 }
 
 }  // namespace

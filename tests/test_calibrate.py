@@ -13,8 +13,8 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 from correlated import correlated, output_error
 from usmlite.calibrate import METHODS, calibrate
 from usmlite.errors import DataError, ModelError, SpecError
-from usmlite.masks import attach, update_masks
 from usmlite.moments import collect_moments, input_rows
+from usmlite.movement import attach, update_masks
 from usmlite.solve import solve
 from usmlite.spec import NM, CompressionSpec, Int, LayerSpec, Rule
 from usmlite.student import (
@@ -110,6 +110,24 @@ def test_gradual_masks_start_dense_from_the_dense_solution(method: str) -> None:
     assert torch.equal(found["fixed"][0], found["gradual"][0])
     assert torch.equal(found["fixed"][1], found["gradual"][1])
     assert found["fixed"][2] == found["gradual"][2]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("spec", [LayerSpec(Int(2)), LayerSpec.at_rate(2.0)], ids=str)
+def test_descending_bits_start_from_the_solution_for_the_most(spec: LayerSpec, method: str) -> None:
+    torch.manual_seed(1)
+    teacher, inputs = Wrapped(nn.Linear(64, 33)), correlated(300, 64)
+    errors = {}
+    for before in ((), (6,)):
+        student = student_of(teacher, spec, masks="fixed", bits_schedule=before)
+        report = calibrate(student, teacher, [{"inputs": inputs}], method=method)
+        ((_, layer),) = compressed_layers(student)
+        compressed = fake_quantized(layer)
+        attach(student, torch.optim.SGD(student.parameters(), lr=1.0), moving=10)
+        if spec.rate is None:
+            assert torch.equal(fake_quantized(layer), compressed)
+        errors[before] = report.layers[0].error_after
+    assert errors[(6,)] < 0.03 * errors[()]
 
 
 @pytest.mark.parametrize(

@@ -139,9 +139,15 @@ def test_every_key_is_a_flag(key: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             text = value = key.choices[-1]
         elif key.name == "sparsity":
             text = value = "1:4"
+        elif key.name in ("bits_schedule", "stochastic_bits"):
+            text = value = "8, 6"
+        elif key.name == "scale_bits":
+            text, value = "8", 8
         elif key.name == "target_size":
             text = value = "9.4%"
         words = [f"--{key.flag}", text]
+        if key.name == "allocation":  # of what there is to choose
+            words += ["--target-size", "9.4%"]
     recipe, _ = compressed(monkeypatch, *words, "--out", "there")
     assert getattr(getattr(recipe, key.section), key.name) == value
     assert type(getattr(getattr(recipe, key.section), key.name)) is type(value)

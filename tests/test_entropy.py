@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import os
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,87 +12,143 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from usmlite import entropy
+from usmlite.entropy import Contexts
 from usmlite.kernels import native
+
+# NumPy's, and the native library's where there is one.
+DECODERS = ["reference", *native.paths()[:1]]
 
 
 def entropy_bytes(codes: np.ndarray) -> float:
-    counts = np.bincount(codes)
+    counts = np.bincount(codes.reshape(-1))
     shares = counts[counts > 0] / codes.size
     return float(-(shares * np.log2(shares)).sum() * codes.size / 8)
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.integers(1, 8), st.integers(1, 3000), st.floats(0.01, 60.0), st.integers(0, 2**32 - 1))
-def test_what_is_decoded_is_what_was_encoded(bits: int, count: int, width: float, seed: int) -> None:
-    rng = np.random.default_rng(seed)
+def normal_codes(rng: np.random.Generator, bits: int, width: object, shape: tuple[int, int]) -> np.ndarray:
     highest = (1 << bits) - 1
-    codes = np.clip(np.round(rng.normal(highest / 2, width, count)), 0, highest).astype(np.uint8)
-    data = entropy.encode(codes, bits)
+    return np.clip(np.round(rng.normal(highest / 2, width, shape)), 0, highest).astype(np.uint8)
+
+
+def decode(
+    decoder: str, data: np.ndarray, bits: int, shape: tuple[int, int], tables: int, beside: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    with mock.patch.dict(os.environ, {native.VARIABLE: decoder}):
+        return entropy.decode(data, bits, shape, tables, beside)
+
+
+def comes_back(codes: np.ndarray, bits: int, contexts: Contexts, beside: np.ndarray | None = None) -> bool:
+    data = entropy.encode(codes, bits, contexts, beside)
     assert data.dtype == np.uint8
-    assert np.array_equal(entropy.decode(data, bits, count), codes)
-    assert np.array_equal(entropy.reference_decode(data, bits, count), codes)
+    count = 0 if beside is None else len(beside)
+    for decoder in DECODERS:
+        found, others = decode(decoder, data, bits, codes.shape, contexts.tables, count)
+        if not np.array_equal(found, codes) or (beside is not None and not np.array_equal(others, beside)):
+            return False
+    return True
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(1, 8),
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.floats(0.01, 60.0),
+    st.integers(0, 2**32 - 1),
+)
+def test_what_is_decoded_is_what_was_encoded(
+    bits: int, rows: int, columns: int, width: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    codes = normal_codes(rng, bits, width, (rows, columns))
+    beside = rng.integers(0, 256, rows).astype(np.uint8)
+    assert comes_back(codes, bits, Contexts.single(rows, columns), beside)
+    assert comes_back(codes, bits, entropy.best_contexts(codes, bits))
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 8), st.integers(1, 5000), st.integers(1, 64), st.integers(0, 2**32 - 1))
-def test_any_number_of_tables_comes_back(bits: int, count: int, tables: int, seed: int) -> None:
-    codes = np.random.default_rng(seed).integers(0, 1 << bits, count).astype(np.uint8)
-    data = entropy.encode(codes, bits, tables)
-    assert np.array_equal(entropy.decode(data, bits, count, tables), codes)
-    assert np.array_equal(entropy.reference_decode(data, bits, count, tables), codes)
+@given(
+    st.integers(1, 8),
+    st.integers(1, 60),
+    st.integers(1, 60),
+    st.integers(1, 64),
+    st.integers(0, 255),
+    st.integers(0, 2**32 - 1),
+)
+def test_any_levels_and_any_number_of_tables_come_back(
+    bits: int, rows: int, columns: int, tables: int, lowest: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    levels = [rng.integers(0, 256, count).astype(np.uint8) for count in (rows, columns)]
+    codes = rng.integers(0, 1 << bits, (rows, columns)).astype(np.uint8)
+    assert comes_back(codes, bits, Contexts(levels[0], levels[1], lowest, tables))
 
 
-def test_tables_pay_where_runs_differ() -> None:
+def test_tables_pay_where_rows_and_columns_differ() -> None:
     rng = np.random.default_rng(0)
-    alike = np.clip(np.round(rng.normal(32, 8, 400_000)), 0, 63).astype(np.uint8)
-    widths = np.repeat(np.linspace(12, 1, 64), 6250)
-    differing = np.clip(np.round(rng.normal(32, widths)), 0, 63).astype(np.uint8)
-    assert entropy.best_tables(alike, 6) == 1
-    assert entropy.best_tables(differing, 6) == entropy.MOST_TABLES
-    sizes = [len(entropy.encode(differing, 6, tables)) for tables in (1, 64)]
-    assert sizes[1] < 0.98 * sizes[0], sizes
-    bits = entropy.entropy_of(entropy.count_codes(differing, 6, 64))
-    assert sizes[1] == pytest.approx(entropy.coded_bytes(differing.size, 6, bits, 64), rel=0.01)
+    alike = normal_codes(rng, 6, 8, (640, 640))
+    assert entropy.best_contexts(alike, 6).tables == 1
+    widths = np.exp2(rng.uniform(-1, 1, (640, 1)) + rng.uniform(-1, 1, 640)) * 3
+    differing = normal_codes(rng, 6, widths, (640, 640))
+    best = entropy.best_contexts(differing, 6)
+    assert best.tables > 4
+    single = len(entropy.encode(differing, 6, Contexts.single(640, 640)))
+    several = len(entropy.encode(differing, 6, best))
+    # Known widths would allow this much; rounding them to half octaves costs next to nothing.
+    ideal = float(np.log2(widths * np.sqrt(2 * np.pi * np.e)).sum()) / 8
+    assert several < 0.95 * single
+    assert several < 1.02 * ideal + 1000
+    counts = entropy.count_codes(differing, 6, best)
+    assert several == pytest.approx(entropy.coded_bytes(counts, 1280), rel=0.01)
 
 
 @pytest.mark.parametrize("code", [0, 5])
 def test_one_code_only(code: int) -> None:
-    codes = np.full(1000, code, np.uint8)
-    assert np.array_equal(entropy.decode(entropy.encode(codes, 3), 3, 1000), codes)
+    codes = np.full((50, 20), code, np.uint8)
+    assert comes_back(codes, 3, entropy.best_contexts(codes, 3))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_the_bytes_are_close_to_the_entropy(bits: int) -> None:
-    rng = np.random.default_rng(bits)
-    highest = (1 << bits) - 1
-    codes = np.clip(np.round(rng.normal(highest / 2, highest / 6, 400_000)), 0, highest).astype(np.uint8)
-    size, bound = len(entropy.encode(codes, bits)), entropy_bytes(codes)
-    assert bound < size < 1.01 * bound + 1200
-    assert size == pytest.approx(entropy.coded_bytes(codes.size, bits, 8 * bound / codes.size), rel=0.01)
+    codes = normal_codes(np.random.default_rng(bits), bits, ((1 << bits) - 1) / 6, (400, 1000))
+    single = Contexts.single(400, 1000)
+    size, bound = len(entropy.encode(codes, bits, single)), entropy_bytes(codes)
+    assert bound < size < 1.01 * bound + 1000
+    assert size == pytest.approx(entropy.coded_bytes(entropy.count_codes(codes, bits, single), 0), rel=0.01)
 
 
 def test_rare_codes_survive_next_to_very_frequent_ones() -> None:
-    codes = np.zeros(100_000, np.uint8)
-    codes[[3, 50_000, 99_999]] = [255, 7, 1]
-    assert np.array_equal(entropy.decode(entropy.encode(codes, 8), 8, codes.size), codes)
+    codes = np.zeros((100, 1000), np.uint8)
+    codes.reshape(-1)[[3, 50_000, 99_999]] = [255, 7, 1]
+    assert comes_back(codes, 8, Contexts.single(100, 1000))
+    assert comes_back(codes, 8, entropy.best_contexts(codes, 8))
 
 
-DECODERS = [entropy.reference_decode, *([native.decode_codes] if native.paths() else [])]
+@pytest.mark.parametrize("rows", [1, 3, 4000])
+def test_steps_of_lanes_reach_over_rows(rows: int) -> None:
+    """More lanes than columns, and the other way round."""
+    rng = np.random.default_rng(rows)
+    codes = normal_codes(rng, 5, np.exp2(rng.uniform(-1, 2, (rows, 1))), (rows, 800_000 // rows))
+    levels = rng.integers(0, 4, rows).astype(np.uint8), rng.integers(0, 5, codes.shape[1]).astype(np.uint8)
+    assert comes_back(codes, 5, Contexts(levels[0], levels[1], 1, 5))
 
 
-@pytest.mark.parametrize("decode", DECODERS)
-def test_altered_bytes_are_noticed(decode: Callable[..., np.ndarray]) -> None:
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_altered_bytes_are_noticed(decoder: str) -> None:
     rng = np.random.default_rng(0)
-    codes = rng.integers(0, 16, 5000).astype(np.uint8)
-    data = entropy.encode(codes, 4)
-    for place in (0, 1, 40, len(data) // 2, len(data) - 1):
+    codes = normal_codes(rng, 4, np.exp2(rng.uniform(-2, 2, (80, 1))), (80, 100))
+    contexts = entropy.best_contexts(codes, 4)
+    data = entropy.encode(codes, 4, contexts)
+    shape, tables = codes.shape, contexts.tables
+    assert tables > 1
+    for place in (0, 1, 5, 12, 40, 100, len(data) // 2, len(data) - 1):
         altered = data.copy()
         altered[place] ^= 0x55
         with contextlib.suppress(ValueError):
-            assert not np.array_equal(decode(altered, 4, codes.size, 1), codes)
-    for cut in (data[:10], data[:-2], data[:-1], np.concatenate([data, data[:2]])):
-        with pytest.raises(ValueError, match=r"codes|early|end"):
-            decode(cut, 4, codes.size, 1)
+            assert not np.array_equal(decode(decoder, altered, 4, shape, tables)[0], codes)
+    for cut in (data[:3], data[:10], data[:200], data[:-2], data[:-1], np.concatenate([data, data[:2]])):
+        with pytest.raises(ValueError, match=r"codes|early|end|levels|add up"):
+            decode(decoder, cut, 4, shape, tables)
 
 
 @pytest.mark.skipif(not native.paths(), reason="installed without the native library")
@@ -100,26 +157,60 @@ def test_altered_bytes_are_noticed(decode: Callable[..., np.ndarray]) -> None:
 def test_both_decoders_make_the_same_of_hostile_bytes(data: st.DataObject) -> None:
     """The same codes, or the same refusal in the same words."""
     bits, tables = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 64))
-    count = data.draw(st.integers(0, 3000))
-    seed = data.draw(st.integers(0, 2**32 - 1))
-    rng = np.random.default_rng(seed)
-    if count and data.draw(st.booleans()):
-        coded = entropy.encode(rng.integers(0, 1 << bits, count).astype(np.uint8), bits, tables)
-        for place in data.draw(st.lists(st.integers(0, len(coded) - 1), max_size=3)):
-            coded[place] ^= data.draw(st.integers(1, 255))
-        coded = coded[: data.draw(st.integers(0, len(coded)) | st.just(len(coded)))]
-    else:
-        coded = rng.integers(0, 256, data.draw(st.integers(0, 2000))).astype(np.uint8)
+    shape = data.draw(st.tuples(st.integers(1, 60), st.integers(1, 60)))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    levels = [rng.integers(0, 256, count).astype(np.uint8) for count in shape]
+    codes = rng.integers(0, 1 << bits, shape).astype(np.uint8)
+    contexts = Contexts(levels[0], levels[1], int(rng.integers(0, 256)), tables)
+    coded = entropy.encode(codes, bits, contexts)
+    # Behind the levels, which both read with the same code, and mostly behind the frequencies too.
+    first = 4 + int(coded[:4].view("<u4")[0])
+    for place in data.draw(st.lists(st.integers(first, len(coded) - 1), max_size=3)):
+        coded[place] ^= data.draw(st.integers(1, 255))
+    coded = coded[: data.draw(st.integers(0, len(coded)) | st.just(len(coded)))]
     results: list[object] = []
-    for decode in DECODERS:
+    for decoder in DECODERS:
         try:
-            results.append(decode(coded, bits, count, tables).tolist())
+            results.append(decode(decoder, coded, bits, shape, tables)[0].tolist())
         except ValueError as error:
             results.append(str(error))
     assert results[0] == results[1]
 
 
+@pytest.mark.skipif(not native.paths(), reason="installed without the native library")
+def test_the_native_decoder_compares_all_sizes() -> None:
+    rng = np.random.default_rng(0)
+    levels = rng.integers(0, 3, 9).astype(np.uint8), rng.integers(0, 3, 50).astype(np.uint8)
+    frequencies = np.full((2, 16), 256)
+    stream = rng.integers(0, 256, 2000).astype(np.uint8)
+    for wrong in (
+        {"stream": stream[:100]},
+        {"stream": stream[:1999]},
+        {"stream": stream.astype(np.int64)},
+        {"frequencies": frequencies[:, :8]},
+        {"frequencies": frequencies[:0]},
+        {"frequencies": np.full((65, 16), 256)},
+        {"frequencies": frequencies - 300},
+        {"frequencies": frequencies + 65536},
+        {"bits": 0},
+        {"bits": 9},
+        {"lowest": -1},
+        {"lowest": 256},
+    ):
+        arguments = {"stream": stream, "frequencies": frequencies, "bits": 4, "levels": levels, "lowest": 1}
+        with pytest.raises(ValueError, match=r"codes|frequencies|expected|add up"):
+            native.decode_stream(**{**arguments, **wrong})  # type: ignore[arg-type]
+
+
+def test_levels_that_unfold_without_end_are_cut_off() -> None:
+    codes = np.zeros((40, 40), np.uint8)
+    data = entropy.encode(codes, 4, Contexts.single(40, 40), np.zeros(1 << 22, np.uint8))
+    assert len(data) < 1 << 14
+    with pytest.raises(ValueError, match="levels are not 81 numbers"):
+        entropy.decode(data, 4, codes.shape)
+
+
 def test_lanes_are_few_enough_to_cost_little() -> None:
     assert entropy.lanes_for(1) == 1
-    assert entropy.lanes_for(100) == 100
-    assert all(4 * entropy.lanes_for(count) < 0.01 * count for count in (300_000, 20_000_000))
+    assert entropy.lanes_for(20) == 20
+    assert all(4 * entropy.lanes_for(count) < 0.01 * count for count in (100_000, 20_000_000))

@@ -22,6 +22,7 @@ from usmlite.errors import TrainingError
 from usmlite.load import student_options
 from usmlite.pack import pack_layer
 from usmlite.recipe import Recipe, build_recipe
+from usmlite.spec import CompressionSpec, LayerSpec, Rule
 from usmlite.student import MASK_RULES, compressed_layers
 
 TEXTS = ["hello", "good day", "a tree", "the sea", "no", "yes we go", "rain", "sun"]
@@ -39,8 +40,12 @@ def speech(tmp_path_factory: pytest.TempPathFactory) -> list[Utterance]:
     return out
 
 
-def recipe(steps: int = 6, *, masks: str = "sr-ste", scales: str = "learned", **training: object) -> Recipe:
-    settings = {
+MOVING = ("masks", "scales", "mask_freeze", "bits_schedule", "stochastic_bits", "stochastic_share")
+
+
+def recipe(steps: int = 6, **settings: object) -> Recipe:
+    student = {name: settings.pop(name) for name in MOVING if name in settings}
+    training = {
         "steps": steps,
         "batch_size": 1,
         "precision": "float32",
@@ -48,15 +53,19 @@ def recipe(steps: int = 6, *, masks: str = "sr-ste", scales: str = "learned", **
         "eval_every": 3,
         "learning_rate": 3e-3,
         "embedding_learning_rate": 1e-3,
-        **training,
+        **settings,
     }
-    student = {"mask_every": 1, "masks": masks, "scales": scales}
-    return build_recipe({"training": settings, "student": student})
+    return build_recipe({"training": training, "student": {"mask_every": 1, **student}})
 
 
-def run(speech, output: Path, plan: Recipe, **options: object) -> tuple[nn.Module, loop.Outcome]:
+RATED = CompressionSpec.simple(2, first=[Rule("*.fc1", LayerSpec.at_rate(2.5))])
+
+
+def run(
+    speech, output: Path, plan: Recipe, *, spec: CompressionSpec | None = None, **options: object
+) -> tuple[nn.Module, loop.Outcome]:
     teacher, adapter = small_teacher()
-    student, _ = small_student(options=student_options(plan))
+    student, _ = small_student(spec, options=student_options(plan))
     output.mkdir(exist_ok=True)
     outcome = loop.finetune(student, teacher, adapter, speech, plan, output, **options)  # type: ignore[arg-type]
     return student, outcome
@@ -85,14 +94,20 @@ def test_the_loss_falls_and_everything_is_logged(speech, tmp_path):
     [
         {"spec_augment": True, "average": 0.9, "layers": 1.0, "attention": 1.0},
         {"scales": "rand"},
+        {"spec": RATED, "bits_schedule": "8,4,3", "average": 0.9},
+        {"spec": RATED, "bits_schedule": "4", "stochastic_bits": "4,8", "scales": "min-error"},
+        {"stochastic_bits": "6,8", "masks": "gumbel"},
+        {"phases": [{"until": 0.4, "learning_rate": 1e-3, "layers": 1.0}, {"until": 0.8, "states": 0.0}]},
         *({"masks": masks} for masks in MASK_RULES),
     ],
 )
 def test_a_run_cut_off_anywhere_ends_like_one_that_was_not(speech, tmp_path, choice):
+    choice, spec = dict(choice), choice.get("spec")
+    choice.pop("spec", None)
     plan = recipe(6, accumulate=2, **choice)
     if "spec_augment" in choice:
         plan = replace(plan, data=replace(plan.data, swapped=0.3))
-    whole, _ = run(speech, tmp_path / "whole", plan)
+    whole, _ = run(speech, tmp_path / "whole", plan, spec=spec)
 
     class Killed(BaseException):
         pass
@@ -106,8 +121,8 @@ def test_a_run_cut_off_anywhere_ends_like_one_that_was_not(speech, tmp_path, cho
 
     for step in (1, 3, 5):  # before, between and after checkpoints
         with pytest.raises(Killed):
-            run(speech, tmp_path / "cut", plan, tell=kill_at(step))
-    resumed, _ = run(speech, tmp_path / "cut", plan)
+            run(speech, tmp_path / "cut", plan, spec=spec, tell=kill_at(step))
+    resumed, _ = run(speech, tmp_path / "cut", plan, spec=spec)
     assert same(whole, resumed)
     logs = [
         [
@@ -155,7 +170,9 @@ def test_learned_masks_have_a_rate_of_their_own(speech, tmp_path):
     before = student_tensors(student)
     groups = loop.make_optimizer(student, plan).param_groups
     logits = {id(p) for name, p in student.named_parameters() if name.endswith("patterns.logits")}
-    assert [{id(p) for p in group["params"]} for group in groups if group["peak"] == 0.5] == [logits]
+    assert [
+        {id(p) for p in group["params"]} for group in groups if group["rate"] == "mask_learning_rate"
+    ] == [logits]
     after = student_tensors(run(speech, tmp_path, plan)[0])
     assert not torch.equal(
         before["model.decoder.layers.0.fc1.compression.mask"],
@@ -169,6 +186,36 @@ def test_a_student_that_is_not_yet_sparse_is_not_the_best(speech, tmp_path):
     assert (outcome.best_step, outcome.best_wer) == (9, 0.3)
     for name, layer in compressed_layers(student):
         pack_layer(name, layer)
+
+
+def test_a_student_with_more_bits_than_its_spec_is_not_the_best(speech, tmp_path):
+    wers = iter([0.05, 0.1, 0.4, 0.3, 0.35])  # two bits from step 6 of 12 on
+    plan = recipe(12, bits_schedule="8", mask_freeze=0.9)
+    student, outcome = run(speech, tmp_path, plan, spec=RATED, dev_wer=lambda student: next(wers))
+    assert (outcome.best_step, outcome.best_wer) == (9, 0.3)
+    for name, layer in compressed_layers(student):
+        assert layer.compression.present == layer.compression.spec
+        pack_layer(name, layer)
+
+
+def test_phases_set_rates_and_losses(speech, tmp_path, monkeypatch):
+    weighed: list[float] = []
+    plain = loop.Distillation.forward
+
+    def watched(self, *args, **kwargs):
+        weighed.append(self.weights.layers)
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(loop.Distillation, "forward", watched)
+    phases = [{"until": 0.5, "learning_rate": 3e-2, "layers": 2.0, "embedding_learning_rate": 1e-3}]
+    plan = recipe(6, phases=phases, warmup=0.0, final_rate=1.0, embedding_learning_rate=0.0)
+    student, _ = run(speech, tmp_path, plan)
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert [row["lr"] for row in rows] == [3e-2] * 3 + [3e-3] * 3
+    assert weighed == [2.0] * 3 + [0.0] * 3
+    assert ["layers" in row for row in rows] == [True] * 3 + [False] * 3
+    start, _ = small_student()
+    assert not torch.equal(student.model.decoder.embed_tokens.weight, start.model.decoder.embed_tokens.weight)
 
 
 def test_without_dev_the_last_student_is_the_best(speech, tmp_path):

@@ -73,6 +73,19 @@ def test_keys_that_vary_together(tmp_path: Path) -> None:
     assert [run.recipe.spec.rules for run in runs][1:3] == [(), ({"match": "*.fc1", "bits": 3},)]
 
 
+def test_phases_vary_like_rules(tmp_path: Path) -> None:
+    phase = "{ until = 0.5, states = 30.0 }"
+    path = written(
+        tmp_path, f'[grid]\n"training.phases" = [[], [{phase}]]\n"training.seed" = 3\nname = "x"\n'
+    )
+    with pytest.raises(RecipeError, match="two runs of one name"):
+        expand([path])
+    path = written(tmp_path, f'[grid]\n"training.phases, training.seed" = [[[], 0], [[{phase}], 1]]\n')
+    assert [len(run.recipe.training.phases) for run in expand([path])] == [0, 1]
+    path = written(tmp_path, f'[grid]\n"training.phases" = [{phase}]\n"training.seed" = [0, 1]\n')
+    assert [run.recipe.training.at(0).states for run in expand([path])] == [30.0, 30.0]
+
+
 def test_one_list_of_rules_is_one_value(tmp_path: Path) -> None:
     rule = '{ match = "*.fc1", bits = 3 }'
     path = written(tmp_path, f'[grid]\n"spec.rules" = [{rule}]\n"training.seed" = [0, 1]\n')

@@ -101,7 +101,7 @@ def test_a_coded_file_says_what_fixed_width_would_take(tmp_path: Path) -> None:
     assert sizes[False].saved_bytes == 0
     assert sizes[True].file_bytes < sizes[False].file_bytes
     fixed = sizes[True].to_json()["fixed_width_bytes"]
-    # The header differs by a few characters.
-    assert abs(fixed - sizes[False].file_bytes) < 200
+    # The header differs by a few characters, and by the scales that lie with the codes.
+    assert abs(fixed - sizes[False].file_bytes) < 400
     assert any(f"{fixed:,} bytes" in line for line in sizes[True].summary())
     assert any(row.spec.endswith("coded") for row in sizes[True].rows)

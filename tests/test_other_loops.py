@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from small_whisper import small_student
-from usmlite.masks import attach
+from usmlite.movement import attach
 from usmlite.student import compressed_layers
 
 

@@ -33,7 +33,7 @@ def test_the_directory_is_laid_out_as_hugging_face_expects(tmp_path: Path) -> No
     assert config["architectures"] == ["WhisperForConditionalGeneration"]
     settings = config["quantization_config"]
     assert settings["quant_method"] == "usmlite"
-    assert settings["format_version"] == 1
+    assert settings["format_version"] == 2
     assert settings["digest"] == packed.digest
     assert settings["layers"]["model.decoder.embed_tokens"]["column_scales"] is True
     assert settings["layers"]["model.decoder.layers.0.fc1"]["sparsity"] == "2:4"
@@ -227,7 +227,8 @@ def test_at_most_one_dense_copy_of_the_largest_tensor(tmp_path: Path, scales: st
     )
     packing, loading, largest = (int(number) for number in result.stdout.split())
     # That something is measured at all: a block of rows and the mapped file count.
-    assert 0 < packing <= largest, f"packing took {packing} bytes, the largest tensor is {largest}"
+    # A twentieth for what coding and the file beside it take.
+    assert 0 < packing <= 1.05 * largest, f"packing took {packing} bytes, the largest tensor is {largest}"
     assert 0 < loading <= largest, f"loading took {loading} bytes beyond the model"
 
 

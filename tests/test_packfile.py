@@ -6,6 +6,7 @@ import json
 import math
 import os
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -422,7 +423,8 @@ def test_the_fourth_code_of_a_ternary_weight_is_refused(place: int) -> None:
     ("change", "match"),
     [
         ({"quant_method": "gptq"}, "not a packed model of usmlite .*found quant_method 'gptq'"),
-        ({"format_version": 2}, "newer usmlite .*expected 1 to 1, found 2.*pip install"),
+        ({"format_version": 3}, "newer usmlite .*expected 2, found 3.*pip install"),
+        ({"format_version": 1}, "before its first release.*expected 2, found 1.*again"),
         ({"format_version": "1"}, "unusable format version"),
         ({"format_version": True}, "unusable format version"),
         ({"format_version": 0}, "unusable format version"),
@@ -658,48 +660,103 @@ def test_part_shapes_cost_what_the_spec_says() -> None:
     assert packfile.part_shapes(LayerSpec(), 4, 4) == {}
 
 
-def read_coded_by_the_document(data: bytes, bits: int, count: int) -> list[int]:
-    """Entropy-coded codes, read one by one as docs/format.md says."""
-    lanes = max(1, min(count, 128 + count // 16384))
-    numbers = list(struct.unpack(f"<{1 << bits}H{lanes}I", data[: 2 * (1 << bits) + 4 * lanes]))
-    frequencies, states = numbers[: 1 << bits], numbers[1 << bits :]
-    words = [word for (word,) in struct.iter_unpack("<H", data[2 * (1 << bits) + 4 * lanes :])]
+def read_coded_by_the_document(
+    data: bytes, bits: int, rows: int, columns: int, tables: int, beside: int
+) -> tuple[list[int], list[int]]:
+    """Entropy-coded codes and what lies with them, read one by one as docs/format.md says."""
+    (size,) = struct.unpack("<I", data[:4])
+    side, data = zlib.decompress(data[4 : 4 + size]), data[4 + size :]
+    lowest, row_levels, column_levels = side[0], side[1 : 1 + rows], side[1 + rows : 1 + rows + columns]
+    frequencies = []
+    for _ in range(tables):
+        first, more = data[0], data[1] + 1
+        found = struct.unpack(f"<{more}H", data[2 : 2 + 2 * more])
+        frequencies.append([0] * first + list(found) + [0] * ((1 << bits) - first - more))
+        data = data[2 + 2 * more :]
+    count = rows * columns
+    lanes = max(1, min(count, 32 + count // 16384))
+    states = list(struct.unpack(f"<{lanes}I", data[: 4 * lanes]))
+    words = [word for (word,) in struct.iter_unpack("<H", data[4 * lanes :])]
     codes = []
     for first in range(0, count, lanes):
         active = range(min(lanes, count - first))
         for lane in active:
+            row, column = divmod(first + lane, columns)
+            level = row_levels[row] + column_levels[column] - lowest
+            table = frequencies[min(max(level, 0), tables - 1)]
             slot, start, code = states[lane] % 4096, 0, 0
-            while slot >= start + frequencies[code]:
-                start += frequencies[code]
+            while slot >= start + table[code]:
+                start += table[code]
                 code += 1
             codes.append(code)
-            states[lane] = frequencies[code] * (states[lane] // 4096) + slot - start
+            states[lane] = table[code] * (states[lane] // 4096) + slot - start
         for lane in active:
             if states[lane] < 1 << 16:
                 states[lane] = (states[lane] << 16) + words.pop(0)
     assert not words
     assert set(states) == {1 << 16}
-    return codes
+    assert len(side) == 1 + rows + columns + beside
+    return codes, list(side[1 + rows + columns :])
 
 
-@pytest.mark.parametrize(("bits", "count"), [(3, 5000), (8, 700), (4, 1), (1, 2000)])
-def test_another_reader_decodes_the_same(bits: int, count: int) -> None:
-    codes = torch.randn(count).mul(2.0 ** (bits - 3)).add(2.0 ** (bits - 1)).round()
-    codes = codes.clamp(0, 2**bits - 1).to(torch.uint8).numpy()
-    data = entropy.encode(codes, bits)
-    assert read_coded_by_the_document(data.tobytes(), bits, count) == codes.tolist()
+@pytest.mark.parametrize(
+    ("bits", "rows", "columns"), [(3, 50, 100), (8, 70, 10), (4, 1, 1), (1, 20, 100), (6, 60, 80)]
+)
+def test_another_reader_decodes_the_same(bits: int, rows: int, columns: int) -> None:
+    widths = torch.exp2(torch.linspace(-2, 1, rows)).unsqueeze(1) * 2.0 ** (bits - 3)
+    codes = (torch.randn(rows, columns) * widths).add(2.0 ** (bits - 1)).round()
+    array = codes.clamp(0, 2**bits - 1).to(torch.uint8).numpy()
+    beside = torch.arange(rows).to(torch.uint8).numpy()
+    contexts = entropy.Contexts.of(array)
+    assert contexts.tables > 1 or bits < 6 or array.size < 1024
+    data = entropy.encode(array, bits, contexts, beside)
+    found = read_coded_by_the_document(data.tobytes(), bits, rows, columns, contexts.tables, rows)
+    assert found == (array.reshape(-1).tolist(), beside.tolist())
 
 
 def test_coded_layers_are_checked() -> None:
     spec = LayerSpec(Int(4))
     codes = torch.randn(64, 96).mul(1.5).add(8).round().clamp(0, 15).to(torch.uint8)
-    data = torch.from_numpy(entropy.encode(codes.numpy(), 4))
-    layer = PackedLayer((64, 96), spec, len(data))
-    parts = {"coded": data, "scale": torch.ones(64, 1).half()}
-    assert torch.equal(layer.decoded(parts, where="w")["codes"], packfile.pack_codes(codes, 4))
+    fixed = {"codes": packfile.pack_codes(codes, 4), "scale": torch.ones(64, 1).half()}
+    layer, parts = PackedLayer((64, 96), spec).encoded(fixed, codes)
+    assert layer.coded == len(parts["coded"]) < 64 * 48
+    assert_same(layer.decoded(parts, where="w"), fixed)
     assert packfile._read_layer(layer.to_dict(), "here") == layer
     with pytest.raises(PackedModelError, match=r"w\.coded"):
-        layer.decoded({**parts, "coded": data.flip(0)}, where="w")
+        layer.decoded({**parts, "coded": parts["coded"].flip(0)}, where="w")
     for wrong in (0, 64 * 48, 64 * 48 // 16 - 1, True, "many", 1.5):
         with pytest.raises(PackedModelError, match=r"here\.coded.*expected 192 to 3071"):
             packfile._read_layer({**layer.to_dict(), "coded": wrong}, "here")
+
+
+def test_scales_of_8_bits_lie_with_the_coded_codes() -> None:
+    spec = LayerSpec(Int(4, scale_bits=8), column_scales=True)
+    codes = torch.randn(64, 96).mul(1.5).add(8).round().clamp(0, 15).to(torch.uint8)
+    scale, columns = kernels.scale_of(torch.arange(64)), kernels.scale_of(torch.arange(96) + 100)
+    fixed = packfile.pack_rows(spec, codes, scale=scale.float().unsqueeze(1))
+    fixed["column_scale"] = packfile.stored_scales(columns.float(), spec.quant or Int(4))
+    layer, parts = PackedLayer((64, 96), spec).encoded(fixed, codes)
+    assert set(parts) == {"coded"} == set(layer.parts())
+    assert_same(layer.decoded(parts, where="w"), fixed)
+    weight = packfile.packed_weight(spec, (64, 96), fixed, where="w")
+    assert torch.equal(weight.scale, scale.unsqueeze(1))
+    assert torch.equal(weight.column_scale, columns)
+    with pytest.raises(PackedModelError, match=r"w\.scale.*expected 0 to 239, found 240"):
+        packfile.packed_weight(spec, (64, 96), {**fixed, "scale": fixed["scale"] * 0 + 240}, where="w")
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_scale_codes_are_eighths_of_octaves() -> None:
+    codes = torch.arange(kernels.MOST_SCALE_CODE + 1).to(torch.uint8)
+    scales = kernels.scale_of(codes)
+    assert scales[0] == kernels.MIN_SCALE
+    assert scales[112] == 1.0
+    assert scales[120] == 2.0
+    assert torch.equal(kernels.scale_codes(scales), codes)
+    assert bool(scales.isfinite().all())
+    between = torch.rand(1000) * 3 + 0.01
+    assert bool(((kernels.scale_of(kernels.scale_codes(between)) / between).log2().abs() < 1 / 15).all())

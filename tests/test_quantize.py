@@ -161,3 +161,36 @@ def test_scale_gradient_is_lsqs():
     expected = sum(g * s for g, s in zip([1.0, 2.0, 3.0], slope, strict=True)) * scale / math.sqrt(3 * 15)
     assert log_scale.grad is not None
     assert log_scale.grad.item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "quant", [Int(1), Int(2, grid="ternary"), Int(2, grid="midrise"), Int(3), Int(2, symmetric=False)]
+)
+@pytest.mark.parametrize("shift", [0.0, 2.0])
+def test_finer_scales_are_nearly_as_good_as_searched_ones(quant: Int, shift: float):
+    w = torch.randn(20, 400, generator=torch.Generator().manual_seed(1)) + (0 if quant.symmetric else shift)
+
+    def error(scale: torch.Tensor, zero: torch.Tensor | None, codes: Int) -> float:
+        return (q.fake_quantize(w, None, scale, zero, codes, None) - w).square().mean().item()
+
+    scale, zero = q.min_error(w, None, quant, None)
+    for bits in (4, 5, 6, 8):
+        finer = quant.with_bits(bits)
+        assert finer.bits == bits
+        assert finer.symmetric == quant.symmetric
+        derived = q.finer_scales(scale, zero, quant, finer)
+        assert torch.equal(derived[0], q.round_scale(derived[0]))
+        best = error(*q.min_error(w, None, finer, None), finer)
+        assert error(*derived, finer) < (1.2 if quant.symmetric and bits < 6 else 4.0) * best
+        assert error(*derived, finer) < 0.4 * error(scale, zero, quant)
+
+
+def test_a_higher_rate_halves_the_step_until_the_largest_weight_is_reached():
+    w = torch.randn(10, 300, generator=torch.Generator().manual_seed(1))
+    octaves = torch.arange(10) / 5
+    quant, (scale, _) = Int(8), q.rate_scales(w, Int(8), 2.0, torch.exp2(octaves), torch.ones(w.shape[1]))
+    assert torch.allclose(q.finer_rate_scales(scale, w, quant, 1.0), scale / 2, rtol=1e-3)
+    finest = q.finer_rate_scales(scale, w, quant, 20.0)
+    assert torch.allclose(finest, w.abs().amax(dim=1, keepdim=True) / 127, rtol=1e-3)
+    wide = 100 * w  # a weight that is clipped already is clipped no more
+    assert torch.equal(q.finer_rate_scales(scale, wide, quant, 3.0), scale)

@@ -33,7 +33,7 @@ def test_keys_are_complete_and_their_flags_unique() -> None:
         for section in dataclasses.fields(Recipe)
         for item in dataclasses.fields(getattr(Recipe(), section.name))
     }
-    assert {(key.section, key.name) for key in found} == names - {("spec", "rules")}
+    assert {(key.section, key.name) for key in found} == names - {("spec", "rules"), ("training", "phases")}
     for key in found:
         assert key.help
         assert key.kind in (int, float, str, bool)
@@ -53,7 +53,10 @@ def test_toml_and_back(tmp_path: Path) -> None:
             "bits": "float", "sparsity": "1:4",
             "rules": [{"match": "*.fc1", "bits": 2, "grid": "midrise"}, {"match": "*", "kind": "conv1d"}],
         },
-        "training": {"learning_rate": 1e-5, "spec_augment": True},
+        "training": {
+            "learning_rate": 1e-5, "spec_augment": True,
+            "phases": [{"until": 0.5, "kl": 2}, {"until": 1, "ce": 0}],
+        },
     })  # fmt: skip
     path = tmp_path / "recipe.toml"
     path.write_text(recipe_to_toml(recipe), encoding="utf-8")
@@ -88,6 +91,27 @@ def test_target_sizes(text: str | None, expected: int | None) -> None:
     assert recipe.spec.target_bytes(1_000_000) == expected
 
 
+def phases(*tables: dict[str, Any]) -> dict[str, Any]:
+    return {"training": {"phases": list(tables)}}
+
+
+def test_phases_hold_until_their_share_of_the_steps() -> None:
+    tables = [{"until": 0.25, "learning_rate": 1, "ce": 0.0}, {"until": 0.5, "states": 30.0}]
+    recipe = build_recipe({"training": {"steps": 10, "phases": tables}})
+    training = recipe.training
+    seen = [(now.learning_rate, now.ce, now.states) for now in map(training.at, range(11))]
+    assert seen == [(1.0, 0.0, 10.0)] * 3 + [(1e-4, 0.2, 30.0)] * 2 + [(1e-4, 0.2, 10.0)] * 6
+    assert training.ever("learning_rate") == 1.0
+    assert training.ever("states") == 30.0
+    assert training.ever("embedding_learning_rate") == 0.0
+
+
+def test_lists_of_bits() -> None:
+    recipe = build_recipe({"student": {"bits_schedule": "8, 4,3", "stochastic_bits": "4"}})
+    assert recipe.student.schedule() == ((8, 4, 3), (4,))
+    assert Recipe().student.schedule() == ((), ())
+
+
 @pytest.mark.parametrize(
     ("values", "error", "parts"),
     [
@@ -108,6 +132,29 @@ def test_target_sizes(text: str | None, expected: int | None) -> None:
         ({"training": {"warmup": 1.5}}, RecipeError, ["training.warmup", "from 0 to 1"]),
         ({"data": {"speed": 0.6}}, RecipeError, ["data.speed", "from 0 to 0.5"]),
         ({"student": {"mask_freeze": -0.1}}, RecipeError, ["student.mask_freeze", "from 0 to 1"]),
+        ({"student": {"bits_schedule": "8;4"}}, RecipeError, ["student.bits_schedule", "8,4,3", "'8;4'"]),
+        ({"student": {"bits_schedule": "4,8"}}, RecipeError, ["student.bits_schedule", "do not descend"]),
+        ({"student": {"bits_schedule": ""}}, RecipeError, ["student.bits_schedule", "unreadable"]),
+        ({"student": {"stochastic_bits": "9"}}, RecipeError, ["student.stochastic_bits", "1 to 8"]),
+        ({"student": {"stochastic_share": 2}}, RecipeError, ["student.stochastic_share", "from 0 to 1"]),
+        ({"spec": {"allocation": "learned"}}, RecipeError, ["spec.allocation", "target_size"]),
+        ({"training": {"phases": {}}}, RecipeError, ["[[training.phases]]"]),
+        (phases({"kl": 2.0}), RecipeError, ["training.phases[0].until", "above 0", "None"]),
+        (phases({"until": 1.5, "kl": 2.0}), RecipeError, ["phases[0].until", "at most 1", "1.5"]),
+        (phases({"until": 0.5, "kl": 1}, {"until": 0.5, "kl": 2}), RecipeError, ["phases[1].until", "0.5"]),
+        (phases({"until": 0.5}), RecipeError, ["training.phases[0]", "sets nothing"]),
+        (
+            phases({"until": 0.5, "learning_rat": 1}),
+            RecipeError,
+            ["phases[0]", "Did you mean 'learning_rate'?"],
+        ),
+        (
+            phases({"until": 0.5, "steps": 5}),
+            RecipeError,
+            ["phases[0].steps", "not a key of a phase"],
+        ),
+        (phases({"until": 0.5, "kl": "much"}), RecipeError, ["training.phases[0]", "training.kl", "'much'"]),
+        (phases({"until": 0.5, "kl": -1}), RecipeError, ["training.phases[0].kl", "at least 0"]),
         ({"student": {"scales": "minmax"}}, RecipeError, ["student.scales", "Did you mean 'min-max'?"]),
         ({"data": {"targets": "labels"}}, RecipeError, ["data.targets", "teacher, text"]),
         ({"spec": {"bits": "four"}}, RecipeError, ["spec.bits", "'four'"]),

@@ -2,7 +2,7 @@ from itertools import pairwise
 
 import pytest
 
-from usmlite.schedule import kept_of, moving_steps, rate, temperature
+from usmlite.schedule import kept_of, moving_steps, precision_of, rate, temperature
 
 
 def test_rate_rises_then_falls_to_the_final_share():
@@ -32,3 +32,11 @@ def test_gradual_masks_keep_all_first_and_n_last_in_equal_parts():
     assert [kept_of(step, 8, 7, 8) for step in (0, 3, 4, 8)] == [8, 8, 7, 7]
     assert [kept_of(step, 2, 1, 32) for step in (0, 1, 2)] == [32, 16, 1]
     assert kept_of(0, 0, 2, 4) == 2
+
+
+def test_bits_descend_to_a_weights_own_in_equal_parts():
+    assert [precision_of(step, 8, 2, (8, 4, 3)) for step in range(10)] == [8, 8, 4, 4, 3, 3, 2, 2, 2, 2]
+    assert [precision_of(step, 8, 4, (8, 4, 3)) for step in range(9)] == [8] * 4 + [4] * 5
+    assert [precision_of(step, 4, 2.25, (6, 2)) for step in range(5)] == [6, 6, 2.25, 2.25, 2.25]
+    assert precision_of(0, 0, 2, (8, 4)) == 2
+    assert precision_of(0, 5, 8, (8, 4)) == 8

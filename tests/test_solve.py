@@ -70,7 +70,7 @@ def test_drafts_are_close_to_solutions() -> None:
         LayerSpec(quant, nm, group) for quant in quants for nm in (None, NM(2, 4)) for group in (None, 32)
     ]
     specs.append(LayerSpec(None, NM(1, 4)))
-    for spec, draft in zip(specs, drafts(weight, hessian, [(s, None) for s in specs]), strict=True):
+    for spec, draft in zip(specs, drafts(weight, hessian, [(s, None, None) for s in specs]), strict=True):
         best = output_error(weight, solve(weight, hessian, spec).values, inputs)
         # A second walk moves masks too, as it has other scales.
         most = 1.25 if spec.sparsity is None else 1.5

@@ -278,7 +278,7 @@ def test_embeddings_are_dense_with_bits_for_equal_bytes(
         "x", "embedding"
     )
     coded = CompressionSpec.simple(bits, sparsity, embedding_bits=wanted).resolve("x", "embedding")
-    assert coded == LayerSpec(Int(8), column_scales=True, rate=expected)
+    assert coded == LayerSpec.at_rate(expected)
     assert spec == LayerSpec(Int(expected), column_scales=True)
     if wanted is None and bits is not None:
         pruned = LayerSpec(Int(bits), None if sparsity is None else NM.parse(sparsity))
@@ -296,15 +296,25 @@ def test_column_scales_survive_their_dict_and_need_codes() -> None:
 
 
 def test_a_rate_survives_its_dict_and_counts_as_bytes() -> None:
-    spec = LayerSpec.at_rate(2.5, column_scales=True)
+    spec = LayerSpec.at_rate(2.5)
     assert LayerSpec.from_dict(spec.to_dict()) == spec
-    assert str(spec) == "2.5 bits coded, column scales"
-    assert spec.sizes(10, 64)["codes"] == 10 * 64 * 2.5 / 8
+    assert str(spec) == "2.5 bits coded"
+    assert spec.sizes(10, 64) == {"codes": 10 * 64 * 2.5 / 8, "scale": 10, "column_scale": 64}
+
+
+def test_scales_of_8_bits_survive_their_dict_and_take_half() -> None:
+    spec = LayerSpec(Int(4, scale_bits=8), group=32)
+    assert LayerSpec.from_dict(spec.to_dict()) == spec
+    assert spec.sizes(10, 64)["scale"] == 20
+    assert CompressionSpec.simple(4, scale_bits=8).resolve("x", "linear").quant == Int(4, scale_bits=8)
+    with pytest.raises(SpecError, match="expected 16 or 8, found 4"):
+        LayerSpec.from_dict({"bits": 4, "scale_bits": 4})
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"bits": 8, "rate": 3.0}, "column scales"),
         ({"bits": 8, "rate": 0}, "unusable rate"),
         ({"bits": 8, "rate": 9.5}, "unusable rate"),
         ({"bits": 8, "rate": True}, "unusable rate"),
@@ -312,8 +322,8 @@ def test_a_rate_survives_its_dict_and_counts_as_bytes() -> None:
         ({"bits": 2, "rate": 3.0}, "no fewer bits"),
         ({"bits": 8, "rate": 3.0, "symmetric": False}, "symmetric"),
         ({"bits": None, "rate": 3.0}, "float16"),
-        ({"bits": 8, "rate": 3.0, "sparsity": "2:4"}, "sparsity"),
-        ({"bits": 8, "rate": 3.0, "group": 32}, "groups"),
+        ({"bits": 8, "rate": 3.0, "sparsity": "2:4", "column_scales": True}, "sparsity"),
+        ({"bits": 8, "rate": 3.0, "group": 32, "column_scales": True}, "groups"),
     ],
 )
 def test_impossible_rates(wrong: dict[str, object], message: str) -> None:

@@ -190,27 +190,37 @@ void check_refusal() {
 }
 
 void check_rans() {
-  const int bits = static_cast<int>(between(1, 8)), tables = static_cast<int>(between(1, 64));
-  const size_t count = below(3000), symbols = size_t{1} << bits;
-  const size_t head = 2 * symbols * static_cast<size_t>(tables);
-  const size_t lanes = static_cast<size_t>(rans_lanes(count));
-  // Half of them with frequencies that add up: only then is there anything to decode.
-  Buffer data(below(2) == 0 ? below(head + 4 * lanes + 4000) : head + 4 * lanes + 2 * below(2000));
-  if (data.size >= head && below(4) != 0) {
-    for (int table = 0; table < tables; ++table) {
+  Coded coded;
+  coded.bits = static_cast<int>(between(1, 8));
+  coded.tables = static_cast<int>(between(1, 64));
+  coded.lowest = static_cast<int>(below(256));
+  coded.rows = below(60);
+  coded.columns = below(60);
+  const Buffer rows(coded.rows), columns(coded.columns);
+  coded.row_levels = rows.data.get();
+  coded.column_levels = columns.data.get();
+  const size_t symbols = size_t{1} << coded.bits, tables = static_cast<size_t>(coded.tables);
+  const Buffer frequencies(2 * symbols * tables);
+  uint16_t* at = reinterpret_cast<uint16_t*>(frequencies.data.get());
+  // Most of them add up: only then is there anything to decode.
+  if (below(4) != 0) {
+    for (size_t i = 0; i < symbols * tables; i += symbols) {
       size_t left = 4096;
       for (size_t symbol = 0; symbol < symbols; ++symbol) {
         const size_t frequency = symbol + 1 == symbols ? left : below(left + 1);
         left -= frequency;
-        uint8_t* at = data.data.get() + 2 * (static_cast<size_t>(table) * symbols + symbol);
-        at[0] = static_cast<uint8_t>(frequency);
-        at[1] = static_cast<uint8_t>(frequency >> 8);
+        at[i + symbol] = static_cast<uint16_t>(frequency);
       }
     }
   }
-  Buffer out(count);
+  coded.frequencies = at;
+  const size_t lanes = static_cast<size_t>(rans_lanes(coded.rows * coded.columns));
+  const Buffer stream(below(2) == 0 ? below(4 * lanes + 4000) : 4 * lanes + 2 * below(2000));
+  coded.stream = stream.data.get();
+  coded.stream_bytes = stream.size;
+  Buffer out(coded.rows * coded.columns);
   try {
-    rans_decode(data.data.get(), data.size, bits, count, tables, out.data.get());
+    rans_decode(coded, out.data.get());
   } catch (const std::invalid_argument&) {
   }
 }

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     )
     from usmlite.evaluate import Comparison, Evaluation, compare, evaluate
     from usmlite.load import load
-    from usmlite.masks import attach
     from usmlite.models import Teacher, load_teacher
+    from usmlite.movement import attach
     from usmlite.recipe import Recipe, build_recipe, load_recipe
     from usmlite.runtime import Recognizer, Segment, Transcript
     from usmlite.spec import NM, CompressionSpec, Int, LayerSpec, Rule
@@ -89,7 +89,7 @@ _HOME = {
     ),
     "evaluate": ("Comparison", "Evaluation", "compare", "evaluate"),
     "load": ("load",),
-    "masks": ("attach",),
+    "movement": ("attach",),
     "models": ("Teacher", "load_teacher"),
     "recipe": ("Recipe", "build_recipe", "load_recipe"),
     "runtime": ("Recognizer", "Segment", "Transcript"),

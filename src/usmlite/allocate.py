@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from usmlite import entropy
 from usmlite import quantize as q
 from usmlite.errors import SpecError
+from usmlite.fisher import FISHER_BATCHES, output_fisher
 from usmlite.models import IGNORED
 from usmlite.moments import Moments, collect_moments
 from usmlite.solve import DAMPING, Problem, corrected_bias, drafts, relative_error
-from usmlite.spec import NM, Int, LayerSpec, Rule
+from usmlite.spec import NM, TABLES, Int, LayerSpec, Rule
 from usmlite.student import from_matrix, to_matrix
 
 Progress = Callable[[str, int, int], None]
@@ -36,14 +37,16 @@ Progress = Callable[[str, int, int], None]
 _BITS = (8, 6, 5, 4, 3, 2, 1)
 _PATTERNS = (NM(3, 4), NM(2, 4), NM(1, 4))
 # Bits a weight after entropy coding.
-_RATES = (0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0)
+_RATES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.5, 5.0, 6.0)
+# Finer: a quarter of a bit of a token embedding is more than whole layers.
+_TABLE_RATES = (0.75, *(1 + step / 8 for step in range(21)), 4.0, 5.0)
 # Above this, pruning never beat the same bytes in fewer bits, in any weight that was tried.
 _MOST_PRUNED_BITS = 4
 # Rows of a weight on which a candidate's error is measured.
 _SAMPLE_ROWS = 96
 # Training moves weights and scales, and with them the frequencies of codes; hardly those of tables, which are
 # counted whole and seldom trained.
-_CODED_MARGIN, _TABLE_MARGIN = 1.02, 1.003
+_CODED_MARGIN, _TABLE_MARGIN = 1.01, 1.003
 # Coarse enough for the loss to rise well above the noise of bf16, not so coarse that the model breaks.
 _PROBE = Int(3)
 # Batches on which the rise of the loss is measured: a few hundred words.
@@ -52,7 +55,6 @@ _LOSS_BATCHES = 2
 _STEPS = 20_000
 # Below this a probe's error says nothing.
 _LEAST_ERROR = 1e-9
-TABLES = ("embedding", "positions")
 
 
 @dataclass(frozen=True)
@@ -204,8 +206,8 @@ def integer_candidates(kind: str) -> tuple[LayerSpec, ...]:
 
 
 def rate_candidates(kind: str) -> tuple[LayerSpec, ...]:
-    """0.75 to 6 bits a weight after entropy coding."""
-    return tuple(LayerSpec.at_rate(rate, column_scales=kind in TABLES) for rate in _RATES)
+    """0.5 to 6 bits a weight after entropy coding."""
+    return tuple(LayerSpec.at_rate(rate) for rate in (_TABLE_RATES if kind in TABLES else _RATES))
 
 
 def default_candidates(kind: str) -> tuple[LayerSpec, ...]:
@@ -243,7 +245,7 @@ def allocate(
         coded: count codes as entropy coding will store them, not with a fixed width.
         octaves: as for `make_student`.
         autocast: the dtype the model runs in, None for its own.
-        progress: called with "moments", "sensitivity" or "candidates", how many, of how many.
+        progress: called with "moments", "gradients", "sensitivity" or "candidates", how many, of how many.
 
     Returns:
         The choice, with all that was measured.
@@ -258,20 +260,25 @@ def allocate(
         model, list(kinds), batches, autocast=autocast,
         progress=lambda done, total: tell("moments", done, total or done),
     )  # fmt: skip
+    felt = [name for name, kind in kinds.items() if kind not in TABLES]
+    rows = output_fisher(
+        model, felt, batches[:FISHER_BATCHES], autocast=autocast,
+        progress=lambda done, total: tell("gradients", done, total),
+    )  # fmt: skip
     loss = _Loss(model, batches[:_LOSS_BATCHES], autocast)
     sensitivities = {}
-    for name, kind in kinds.items():
-        sensitivities[name] = _sensitivity(model.get_submodule(name), kind, moments[name], loss)
+    for name in kinds:
+        sensitivities[name] = _sensitivity(model.get_submodule(name), moments[name], rows.get(name), loss)
         tell("sensitivity", len(sensitivities), len(kinds))
     weights = []
     for name, kind in kinds.items():
         module = model.get_submodule(name)
         specs = candidates(kind)
         if kind in TABLES:
-            rows = (octaves or {}).get(f"{name}.weight")
-            found = _measured_table(module, moments[name], specs, rows, loss, coded)
+            coarser = (octaves or {}).get(f"{name}.weight")
+            found = _measured_table(module, moments[name], specs, coarser, loss, coded)
         else:
-            found = _measured(module, moments[name], specs, sensitivities[name], coded)
+            found = _measured(module, moments[name], rows.get(name), specs, sensitivities[name], coded)
         shape = tuple(cast(Tensor, module.weight).shape)
         weights.append(WeightAllocation(name, kind, shape, sensitivities[name], _front(found), 0))
         tell("candidates", len(weights), len(kinds))
@@ -332,33 +339,64 @@ def _front(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
 
 @torch.no_grad()
 def _measured(
-    module: nn.Module, moments: Moments, specs: Sequence[LayerSpec], sensitivity: float, coded: bool
+    module: nn.Module,
+    moments: Moments,
+    rows: Tensor | None,
+    specs: Sequence[LayerSpec],
+    sensitivity: float,
+    coded: bool,
 ) -> Iterator[Candidate]:
     """The candidates of one weight, from the errors of some of its rows."""
-    for flag in (False, True):
-        mine = [spec for spec in specs if spec.column_scales == flag]
-        if not mine:
-            continue
-        problem = _problem(module, moments, column_scales=flag)
-        rows, columns = problem.matrix.shape
-        sample = torch.linspace(0, rows - 1, min(rows, _SAMPLE_ROWS)).round().long()
-        matrix, scales = problem.matrix[sample], []
-        for spec in mine:
-            scale = None
-            if spec.rate is not None and spec.quant is not None:
-                scale = q.rate_scales(problem.matrix, spec.quant, spec.rate)[sample]
-            scales.append(scale)
-        pairs = zip(mine, scales, strict=True)
-        for spec, solution in zip(
-            mine, drafts(matrix, problem.hessian, pairs, damping=problem.damping), strict=True
-        ):
-            error = relative_error(matrix, solution.values, problem.cost)
-            size = spec.bytes(rows, columns)
-            if coded and spec.quant is not None and solution.scale is not None:
-                codes = q.quantize(solution.values, solution.scale, solution.zero, spec.quant, spec.group)
-                kept = codes.flatten() if solution.mask is None else codes[solution.mask]
-                size = _coded_bytes(kept, spec, rows, columns)
-            yield Candidate(spec, size, error, sensitivity * error)
+    problem = _problem(module, moments, rows)
+    matrix = problem.matrix
+    sample = torch.linspace(0, len(matrix) - 1, min(len(matrix), _SAMPLE_ROWS)).round().long()
+    counts = None if problem.rows is None else problem.rows[sample]
+    scales = [_given_scales(problem, spec, None) for spec in specs]
+    tries = [
+        (spec, None if scale is None else scale[sample], columns)
+        for spec, (scale, columns) in zip(specs, scales, strict=True)
+    ]
+    solutions = drafts(matrix[sample], problem.hessian, tries, damping=problem.damping)
+    for spec, (scale, columns), solution in zip(specs, scales, solutions, strict=True):
+        values = solution.values if columns is None else solution.values * columns
+        error = relative_error(matrix[sample], values, problem.cost, counts)
+        size = spec.bytes(*matrix.shape)
+        if coded and spec.quant is not None and solution.scale is not None:
+            codes = q.quantize(solution.values, solution.scale, solution.zero, spec.quant, spec.group)
+            if solution.mask is not None:
+                codes = codes[solution.mask].reshape(len(sample), -1)
+            ratio = len(matrix) / len(sample)
+            if scale is not None:
+                # All rows, rounded plainly: how they share tables of frequencies does not show in some
+                # of them. Compensation spends a little more.
+                plain = q.quantize(_over(matrix[sample], columns), scale[sample], None, spec.quant, None)
+                more = _bits(codes, spec.quant) / max(_bits(plain, spec.quant), 1e-9)
+                codes = q.quantize(_over(matrix, columns), scale, None, spec.quant, None)
+                ratio = max(1.0, more)
+            size = _coded_bytes(codes, spec, *matrix.shape, ratio=ratio)
+        yield Candidate(spec, size, error, sensitivity * error)
+
+
+def _given_scales(
+    problem: Problem, spec: LayerSpec, octaves: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Scales of the rows and of the columns, where they are not chosen as the weight is rounded."""
+    if spec.quant is None:
+        return None, None
+    if spec.rate is not None:
+        return problem.rate_scales(spec.quant, spec.rate, octaves)
+    return None, q.column_scales(problem.matrix, spec.quant) if spec.column_scales else None
+
+
+def _over(matrix: Tensor, columns: Tensor | None) -> Tensor:
+    return matrix if columns is None else matrix / columns
+
+
+def _bits(codes: Tensor, quant: Int) -> float:
+    """Entropy of the codes, bits a code."""
+    array = codes.cpu().numpy()
+    single = entropy.Contexts.single(*array.shape)
+    return entropy.entropy_of(entropy.count_codes(array, quant.bits, single))
 
 
 @torch.no_grad()
@@ -374,46 +412,62 @@ def _measured_table(
 
     Rows count as often as their words occur, which an error of the whole matrix does not tell.
     """
+    problem = _problem(module, moments, None)
     for spec in specs:
         quant = spec.quant
         assert quant is not None
-        problem = _problem(module, moments, column_scales=spec.column_scales)
-        rows, columns = problem.matrix.shape
-        zero = None
-        if spec.rate is not None:
-            scale = q.rate_scales(problem.matrix, quant, spec.rate, octaves)
-        else:
-            scale, zero = q.min_error(problem.matrix, None, quant, spec.group)
-        rounded = q.fake_quantize(problem.matrix, None, scale, zero, quant, spec.group)
-        size = spec.bytes(rows, columns)
+        scale, columns = _given_scales(problem, spec, octaves)
+        matrix, zero = _over(problem.matrix, columns), None
+        if scale is None:
+            scale, zero = q.min_error(matrix, None, quant, spec.group)
+        codes = q.quantize(matrix, scale, zero, quant, spec.group)
+        rounded = q.dequantize(codes, scale, zero, quant, spec.group)
+        dense = rounded if columns is None else rounded * columns
+        size = spec.bytes(*matrix.shape)
         if coded:
-            codes = q.quantize(rounded, scale, zero, quant, spec.group)
-            tables = entropy.best_tables(codes.numpy(), quant.bits)
-            size = _coded_bytes(codes, spec, rows, columns, tables=tables, margin=_TABLE_MARGIN)
-        error = relative_error(problem.matrix, rounded, problem.cost)
-        dense = rounded if problem.column_scale is None else rounded * problem.column_scale
+            size = _coded_bytes(codes, spec, *matrix.shape, margin=_TABLE_MARGIN)
+        error = relative_error(problem.matrix, dense, problem.cost)
         yield Candidate(spec, size, error, loss.rise(module, dense, moments))
 
 
 def _coded_bytes(
-    codes: Tensor, spec: LayerSpec, rows: int, columns: int, *, tables: int = 1, margin: float = _CODED_MARGIN
+    codes: Tensor,
+    spec: LayerSpec,
+    rows: int,
+    columns: int,
+    *,
+    ratio: float = 1.0,
+    margin: float = _CODED_MARGIN,
 ) -> int:
-    """What a weight takes with entropy-coded codes, going by some of the stored ones."""
+    """What a weight takes with entropy-coded codes, going by some of them, `[some rows, stored columns]`.
+
+    Args:
+        codes: uint8.
+        spec: what the weight becomes.
+        rows: of the weight.
+        columns: of the weight.
+        ratio: by how much the whole weight has more, or takes more for each.
+        margin: what training and rounding may add.
+    """
     assert spec.quant is not None
     parts, bits = spec.sizes(rows, columns), spec.quant.bits
-    stored = spec.stored_columns(columns)
-    share = entropy.entropy_of(entropy.count_codes(codes.cpu().numpy(), bits, tables))
-    coded = math.ceil(margin * entropy.coded_bytes(rows * stored, bits, share, tables))
-    return sum(parts.values()) - parts["codes"] + min(rows * math.ceil(stored * bits / 8), coded)
+    array = codes.cpu().numpy()
+    contexts = entropy.best_contexts(array, bits)
+    side = parts["scale"] + parts.get("column_scale", 0) if spec.quant.scale_bits == 8 else 0
+    levels = 0 if contexts.tables == 1 else rows + spec.stored_columns(columns)
+    counts = entropy.count_codes(array, bits, contexts)
+    coded = math.ceil(margin * ratio * entropy.coded_bytes(counts, side + levels))
+    fixed = rows * math.ceil(spec.stored_columns(columns) * bits / 8)
+    return sum(parts.values()) - parts["codes"] + min(fixed, coded - side)
 
 
-def _problem(module: nn.Module, moments: Moments, *, column_scales: bool) -> Problem:
+def _problem(module: nn.Module, moments: Moments, rows: Tensor | None) -> Problem:
     return Problem.of(
         to_matrix(cast(Tensor, module.weight).detach()).float(),
         moments,
         biased=corrected_bias(module) is not None,
-        column_scales=column_scales,
         damping=DAMPING,
+        rows=rows,
     )
 
 
@@ -478,13 +532,15 @@ class _Loss:
 
 
 @torch.no_grad()
-def _sensitivity(module: nn.Module, kind: str, moments: Moments, loss: _Loss) -> float:
+def _sensitivity(module: nn.Module, moments: Moments, rows: Tensor | None, loss: _Loss) -> float:
     """Rise of the loss with the weight rounded coarsely, over its relative output error."""
-    problem = _problem(module, moments, column_scales=kind in TABLES)
-    scale, zero = q.min_error(problem.matrix, None, _PROBE, None)
-    rounded = q.fake_quantize(problem.matrix, None, scale, zero, _PROBE, None)
-    error = relative_error(problem.matrix, rounded, problem.cost)
-    dense = rounded if problem.column_scale is None else rounded * problem.column_scale
+    problem = _problem(module, moments, rows)
+    columns = q.column_scales(problem.matrix, _PROBE) if problem.is_table else None
+    matrix = _over(problem.matrix, columns)
+    scale, zero = q.min_error(matrix, None, _PROBE, None)
+    rounded = q.fake_quantize(matrix, None, scale, zero, _PROBE, None)
+    dense = rounded if columns is None else rounded * columns
+    error = relative_error(problem.matrix, dense, problem.cost, problem.rows)
     return loss.rise(module, dense, moments) / max(error, _LEAST_ERROR)
 
 

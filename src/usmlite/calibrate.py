@@ -16,14 +16,16 @@ Used alone this is post-training compression; before fine-tuning it is a better 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from usmlite import quantize as q
 from usmlite.errors import ModelError, SpecError
+from usmlite.fisher import FISHER_BATCHES, output_fisher
 from usmlite.moments import Moments, collect_moments
 from usmlite.solve import DAMPING, Problem, corrected_bias, importance_of, relative_error, solve
 from usmlite.student import (
@@ -112,7 +114,7 @@ def calibrate(
     Masks, scales and master weights are set, afterwards the student computes with exactly the
     weights that the method chose, and recomputing its masks changes none of them. The student's
     own weights of the compressed layers are overwritten; calibrating twice is the same as once.
-    Gradual masks start dense.
+    Gradual masks start dense, and descending bits with the most.
 
     Args:
         student: made by `make_student` from `teacher`.
@@ -145,6 +147,11 @@ def calibrate(
     layers = dict(compressed_layers(student))
     for name, layer in layers.items():
         _check(teacher, name, layer)
+    first: list[Mapping[str, Tensor]] = []
+    if isinstance(batches, Sequence):
+        first.extend(batches[:FISHER_BATCHES])
+    else:
+        batches = _remembered(batches, first)
     moments, count = collect_moments(
         teacher,
         list(layers),
@@ -152,14 +159,30 @@ def calibrate(
         autocast=autocast,
         progress=None if progress is None else lambda done, total: progress("teacher", done, total),
     )
+    # What rows count for decides their steps, and nothing else.
+    rated = [name for name, layer in layers.items() if layer.compression.spec.rate is not None]
+    rows: dict[str, Tensor] = {}
+    if method == "hessian" and all("labels" in batch for batch in first):
+        felt = [name for name in rated if not moments[name].is_table]
+        rows = output_fisher(teacher, felt, first, autocast=autocast) if felt else {}
     teacher_seconds = time.perf_counter() - started
     done = []
     for name, layer in layers.items():
         module = teacher.get_submodule(name)
-        done.append(_start(name, layer, module, moments[name], method, damping))
+        done.append(_start(name, layer, module, moments[name], rows.get(name), method, damping))
         if progress is not None:
             progress(name, len(done), len(layers))
     return CalibrationReport(method, tuple(done), count, teacher_seconds, time.perf_counter() - started)
+
+
+def _remembered(
+    batches: Iterable[Mapping[str, Tensor]], first: list[Mapping[str, Tensor]]
+) -> Iterator[Mapping[str, Tensor]]:
+    """The batches; `first` is given those that the Fisher information is computed from."""
+    for batch in batches:
+        if len(first) < FISHER_BATCHES:
+            first.append(batch)
+        yield batch
 
 
 def _check(teacher: nn.Module, name: str, layer: CompressedLayer) -> None:
@@ -180,56 +203,68 @@ def _check(teacher: nn.Module, name: str, layer: CompressedLayer) -> None:
 
 @torch.no_grad()
 def _start(
-    name: str, layer: CompressedLayer, module: nn.Module, moments: Moments, method: Method, damping: float
+    name: str,
+    layer: CompressedLayer,
+    module: nn.Module,
+    moments: Moments,
+    rows: Tensor | None,
+    method: Method,
+    damping: float,
 ) -> LayerCalibration:
     started = time.perf_counter()
     compression = layer.compression
-    if compression.options.masks == "gradual":
-        compression.sparsity = None
-    spec = replace(compression.spec, sparsity=compression.sparsity)
+    # What has made up for fewer bits or weights already would suit the ones before badly.
+    spec = compression.present = compression.spec_at(0, 1)
     weight = cast(Tensor, module.weight).detach().to(layer.weight.device)
     whole, bias = to_matrix(weight).float(), corrected_bias(layer)
     if bias is not None:
         bias.copy_(cast(Tensor, module.bias))
-    column_scales = compression.column_scale is not None
-    problem = Problem.of(
-        whole, moments, biased=bias is not None, column_scales=column_scales, damping=damping
-    )
-    scale = torch.ones(()) if problem.column_scale is None else problem.column_scale
-    before = relative_error(problem.matrix, to_matrix(fake_quantized(layer)) / scale, problem.hessian)
+    problem = Problem.of(whole, moments, biased=bias is not None, damping=damping, rows=rows)
+    before = relative_error(whole, to_matrix(fake_quantized(layer)), problem.hessian)
     used, notes = None, []
     if not moments.count and not moments.is_table:
         notes.append("never reached by the batches: all inputs counted alike")
     layer.weight.copy_(weight)
-    if compression.column_scale is not None:
-        compression.column_scale.copy_(scale)
+    scale = None
+    own = compression.spec
+    if own.quant is not None and own.rate is not None and method == "hessian":
+        compression.set_scales(*problem.rate_scales(own.quant, own.rate, compression.octaves))
+        scale, _ = compression.scales(weight)
+    elif compression.column_scale is not None and spec.quant is not None:
+        compression.column_scale.copy_(q.column_scales(whole, spec.quant))
+    column_scale = compression.column_scale
     compression.importance.fill_(1.0)
     if method != "magnitude":
-        compression.importance.copy_(importance_of(problem.hessian))
+        squares = problem.hessian.diagonal()
+        compression.importance.copy_(
+            importance_of(squares if column_scale is None else squares * column_scale.square())
+        )
     if method == "hessian":
         solution = solve(
-            problem.matrix,
+            whole,
             problem.hessian,
             spec,
             damping=problem.damping,
             importance=compression.importance,
             covering=compression.options.covering,
-            scale=compression.rate_scales(problem.matrix),
+            scale=scale,
+            column_scale=column_scale,
         )
         used = solution.damping
         notes += solution.notes
-        layer.weight.copy_(from_matrix(solution.master * scale, layer.weight.shape))
+        master = solution.master if column_scale is None else solution.master * column_scale
+        layer.weight.copy_(from_matrix(master, layer.weight.shape))
         if compression.mask is not None:
             dense = torch.ones_like(compression.mask)
             compression.set_mask(dense if solution.mask is None else solution.mask)
-        if solution.scale is not None:
-            compression.set_scales(solution.scale, solution.zero)
+        if solution.scale is not None and own.rate is None:
+            compression.set_scales(solution.scale, zero=solution.zero)
     else:
         compression.start(layer.weight)
     compressed = to_matrix(fake_quantized(layer))
     if bias is not None:
         bias += (whole - compressed) @ moments.mean.to(weight.device)
-    after = relative_error(problem.matrix, compressed / scale, problem.hessian)
+    after = relative_error(whole, compressed, problem.hessian)
     return LayerCalibration(
         name, str(spec), whole.shape[0], whole.shape[1], moments.count, before, after, used,
         time.perf_counter() - started, "; ".join(notes),

@@ -36,7 +36,7 @@ _SECTIONS = {
     "model": "where to start",
     "data": "speech to train on, choose on and report on",
     "spec": "what each weight becomes",
-    "student": "how the student starts and how its masks and scales behave",
+    "student": "how the student starts and how its masks, scales and bits behave",
     "training": "the fine-tuning",
 }
 
@@ -74,6 +74,12 @@ Rules for single layers stand in the file only, the first match decides:
   [[spec.rules]]
   match = "model.decoder.*"
   bits = 3
+
+So do phases of training, which set learning rates and weights of losses until a share of the steps is over:
+  [[training.phases]]
+  until = 0.3
+  learning_rate = 4e-4
+  states = 30.0
 """
 
 EVALUATE_EPILOG = """\

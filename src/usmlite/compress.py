@@ -38,6 +38,7 @@ from usmlite.load import (
     run_spec,
     student_options,
 )
+from usmlite.mixture import learn_allocation
 from usmlite.models import Teacher, TimedText, load_teacher
 from usmlite.pack import pack
 from usmlite.recipe import Recipe, load_recipe, recipe_to_dict, recipe_to_toml
@@ -45,7 +46,7 @@ from usmlite.runtime import Recognizer
 from usmlite.spec import KEEP, CompressionSpec, Rule, matrix_shape
 from usmlite.transcripts import transcribe_corpus, with_targets
 
-REPORT_FILE, ALLOCATION_FILE = "report.json", "allocation.json"
+REPORT_FILE, ALLOCATION_FILE, MIXTURE_FILE = "report.json", "allocation.json", "allocation-mixture.json"
 DENSE_FILE = "evaluation-dense.json"
 # What a stored tensor takes in the header of the packed file, and into how many a weight is cut; about.
 _HEADER_BYTES, _PARTS = 140, 3
@@ -89,7 +90,7 @@ def compress(
     teacher.adapter.centre(teacher.model)
     speech = Speech.load(recipe)
     with processes.main_process_first():
-        spec = choose_spec(recipe, teacher, speech, output, console)
+        spec = choose_spec(recipe, teacher, speech, output, console, shared=shared)
     console.print(plan(recipe, spec, teacher, speech), markup=False)
 
     student, calibration = start_student(recipe, spec, teacher, speech, output, console)
@@ -227,9 +228,17 @@ def claim(output: Path, recipe: Recipe) -> None:
 
 
 def choose_spec(
-    recipe: Recipe, teacher: Teacher, speech: Speech, output: Path, console: Console
+    recipe: Recipe,
+    teacher: Teacher,
+    speech: Speech,
+    output: Path,
+    console: Console,
+    *,
+    shared: Path | None = None,
 ) -> CompressionSpec:
-    """The recipe's spec; with a target size, the one that measuring found best, kept in `spec.toml`.
+    """The recipe's spec; with a target size, the one that was found best, kept in `spec.toml`.
+
+    What was measured is in `allocation.json`, and taken from there if a call was cut off after it.
 
     Raises:
         SpecError: the target size cannot be reached.
@@ -238,7 +247,8 @@ def choose_spec(
     target = recipe.spec.target_bytes(teacher.float32_bytes)
     if target is None or (output / SPEC_FILE).is_file():
         return run_spec(output, recipe)
-    if not speech.train and recipe.spec.measured is None:
+    learned = recipe.spec.allocation == "learned"
+    if not speech.train and (recipe.spec.measured is None or learned):
         raise RecipeError(
             "a target size needs speech to measure on",
             where="data.train (--data)",
@@ -257,11 +267,21 @@ def choose_spec(
     tensors = _PARTS * len(kinds) + len(list(teacher.model.parameters()))
     rest = expected_bytes(base, teacher) - chosen_here + _HEADER_BYTES * tensors
     budget = target - rest
-    if recipe.spec.measured is None:
+    mine = output / ALLOCATION_FILE
+    earlier = recipe.spec.measured or (mine if mine.is_file() else None)
+    if earlier is None:
         found = _allocate(recipe, teacher, speech, kinds, budget, console)
     else:
-        found = choose(read_weights(recipe.spec.measured, kinds), budget)
-    write_json(output / ALLOCATION_FILE, found.to_dict())
+        found = choose(read_weights(earlier, kinds), budget)
+    write_json(mine, found.to_dict())
+    if learned:
+        measured = found
+        found = _learned(recipe, teacher, speech, measured, output, shared or output, console)
+        pairs = zip(measured.weights, found.weights, strict=True)
+        moved = sum(one.chosen != other.chosen for one, other in pairs)
+        count = len(found.weights)
+        console.print(f"Learned: another candidate than measured for {moved} of {count} weights.")
+        write_json(mine, found.to_dict())
     rules = [*recipe.spec.rules, *(rule.to_dict() for rule in found.rules())]
     # Last, because its presence says that the choice is made.
     write_bytes(output / SPEC_FILE, tomli_w.dumps({"spec": {"rules": rules}}).encode())
@@ -303,6 +323,39 @@ def _allocate(
             coded=recipe.spec.entropy_coding,
             octaves=teacher.adapter.octaves(),
             autocast=_calibration_autocast(recipe),
+            progress=progress,
+        )
+
+
+def _learned(
+    recipe: Recipe,
+    teacher: Teacher,
+    speech: Speech,
+    measured: Allocation,
+    output: Path,
+    transcripts: Path,
+    console: Console,
+) -> Allocation:
+    """The allocation that mixing the candidates of all weights leads to, on the windows of training."""
+    targets, _ = training_targets(recipe, teacher, speech, transcripts, console)
+    windows, count = training.TrainingWindows(targets, recipe), recipe.training.batch_size
+    device, steps = PartialState().device, recipe.spec.allocation_steps
+    precision = training.autocast_precision(recipe.training.precision, device)
+
+    def batch(step: int) -> dict[str, Tensor]:
+        rows = [windows[step * count + number] for number in range(count)]
+        return training.make_batch(rows, teacher.adapter, recipe, device, step)
+
+    with _bar(console, "Learning allocation", steps) as progress:
+        return learn_allocation(
+            copy.deepcopy(teacher.model).to(device),
+            measured,
+            batch,
+            steps=steps,
+            seed=recipe.training.seed,
+            state_file=output / MIXTURE_FILE,
+            octaves=teacher.adapter.octaves(),
+            autocast=torch.bfloat16 if precision == "bf16" else None,
             progress=progress,
         )
 

@@ -100,6 +100,9 @@ class Distillation(nn.Module):
     """The student together with its loss, so that one forward call does a whole training step.
 
     Wrapping it (DDP, Accelerate) wraps the student; the teacher is no submodule and has no gradients.
+
+    Attributes:
+        weights: how much each term counts; may be set anew between steps.
     """
 
     def __init__(
@@ -116,8 +119,17 @@ class Distillation(nn.Module):
         self.student = student
         self.__dict__["teacher"] = teacher
         self.weights = weights
-        self.layers = tuple(layers) if weights.layers else ()
-        self.attentions = tuple(attentions) if weights.attention else ()
+        self._layers, self._attentions = tuple(layers), tuple(attentions)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The modules whose output is matched with these weights."""
+        return self._layers if self.weights.layers else ()
+
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """The attentions that are matched with these weights."""
+        return self._attentions if self.weights.attention else ()
 
     def forward(
         self, heard: Tensor, taught: Tensor, decoder_input_ids: Tensor, labels: Tensor

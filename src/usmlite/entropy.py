@@ -1,13 +1,17 @@
 """Codes to fewer bytes and back, exactly: range asymmetric numeral systems (rANS), many lanes side by side.
 
 Codes of trained weights are far from equally frequent; an entropy coder spends about as many bits on each
-as its frequency is worth (Duda, arXiv 1311.2540). Lanes take turns, one code each, and share one stream of
-words, so that a step of all lanes is a few operations on arrays. The layout is in docs/format.md.
+as its frequency is worth (Duda, arXiv 1311.2540). How frequent a code is depends on how large the weights of
+its row and of its column are in steps: both get a level, and codes with the same sum of levels share a table
+of frequencies. Lanes take turns, one code each, and share one stream of words, so that a step of all lanes is
+a few operations on arrays. The layout is in docs/format.md.
 """
 
 from __future__ import annotations
 
 import math
+import zlib
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,32 +19,120 @@ from usmlite.kernels import native
 
 _BITS = 12  # frequencies add up to 2^12
 _TOTAL = 1 << _BITS
-_CHUNK = 1 << 20
-# Enough for the rows of a token embedding, which lie by how frequent their words are.
+_CHUNK = 1 << 18
 MOST_TABLES = 64
 _LOWEST = 1 << 16  # states lie in 2^16 .. 2^32 - 1 between steps; words have 16 bits
+# Levels in an octave of the size of a row or a column: finer ones do not pay for more tables.
+_LEVELS_PER_OCTAVE = 2
+# Fewer codes than this do not pay for a table of their own.
+_LEAST_CODES = 1024
+# What counts as no size at all, as a share of the mean square.
+_LEAST_SQUARE = 1e-3
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """Which table of frequencies each code of a matrix belongs to.
+
+    That of a code is the sum of its row's and its column's level less `lowest`, at least 0 and at most
+    `tables` - 1.
+
+    Attributes:
+        rows: uint8 `[rows]`.
+        columns: uint8 `[columns]`.
+        lowest: the sum of levels of the first table.
+        tables: how many tables, 1 to `MOST_TABLES`.
+    """
+
+    rows: np.ndarray
+    columns: np.ndarray
+    lowest: int = 0
+    tables: int = 1
+
+    @classmethod
+    def single(cls, rows: int, columns: int) -> Contexts:
+        """One table for all."""
+        return cls(np.zeros(rows, np.uint8), np.zeros(columns, np.uint8))
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Contexts:
+        """Tables for a matrix by how large its rows and columns are.
+
+        Args:
+            values: `[rows, columns]`, codes, or the weights themselves; their mean counts as zero.
+        """
+        mean = float(values.mean(dtype=np.float64))
+        uniform = np.ones(values.shape[1], np.float32)
+        rows, _ = _sizes(values, mean, uniform, np.ones(len(values), np.float32))
+        least = _LEAST_SQUARE * float(rows.mean()) or 1.0
+        _, columns = _sizes(values, mean, uniform, rows + least)
+        columns += _LEAST_SQUARE
+        rows, _ = _sizes(values, mean, columns, rows + least)
+        rows += least
+        levels = [
+            np.round(_LEVELS_PER_OCTAVE / 2 * np.log2(sizes)).astype(np.int64) for sizes in (rows, columns)
+        ]
+        first, second = ((level - level.min()).clip(max=255) for level in levels)
+        # Of all sums: from which on, and up to which, there are codes enough for a table.
+        sums = np.convolve(np.bincount(first), np.bincount(second))
+        lowest = int(np.searchsorted(np.cumsum(sums), _LEAST_CODES))
+        highest = len(sums) - 1 - int(np.searchsorted(np.cumsum(sums[::-1]), _LEAST_CODES))
+        tables = min(MOST_TABLES, max(1, highest - lowest + 1))
+        if tables == 1:
+            return cls.single(*values.shape)
+        return cls(first.astype(np.uint8), second.astype(np.uint8), min(lowest, 255), tables)
+
+    def select(self, low: int, high: int) -> np.ndarray:
+        """The tables of the codes in some rows, int64 `[high - low, columns]`."""
+        sums = self.rows[low:high, None].astype(np.int64) + self.columns
+        found: np.ndarray = np.clip(sums - self.lowest, 0, self.tables - 1)
+        return found
+
+
+def _sizes(
+    values: np.ndarray, mean: float, columns: np.ndarray, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean squares of rows about the mean, over those of columns; and of columns, over those of rows."""
+    of_rows, of_columns = np.empty(len(values), np.float32), np.zeros(values.shape[1], np.float32)
+    step = max(1, _CHUNK // values.shape[1])
+    for low in range(0, len(values), step):
+        squares = np.square(values[low : low + step] - np.float32(mean), dtype=np.float32)
+        of_rows[low : low + step] = squares @ (1.0 / columns) / len(columns)
+        of_columns += (1.0 / rows[low : low + step]) @ squares / len(rows)
+    return of_rows, of_columns
 
 
 def lanes_for(count: int) -> int:
     """How many lanes `count` codes are dealt to: more of them are faster and cost four bytes each."""
-    return max(1, min(count, 128 + count // 16_384))
+    return max(1, min(count, 32 + count // 16_384))
 
 
-def coded_bytes(count: int, bits: int, entropy: float, tables: int = 1) -> int:
-    """About what `encode` makes of `count` codes of `bits` bits with this entropy, in bits a code."""
-    return math.ceil(count * entropy / 8) + 2 * tables * (1 << bits) + 4 * lanes_for(count)
+def coded_bytes(counts: np.ndarray, side: int) -> int:
+    """About what `encode` makes of codes that are so frequent.
+
+    Args:
+        counts: as `count_codes` gives them.
+        side: how many numbers go with them: levels of rows and columns, and whatever else. They take
+            about half a byte each.
+    """
+    count = int(counts.sum())
+    spread = int((counts > 0).sum())
+    return math.ceil(
+        count * entropy_of(counts) / 8 + 2 * (spread + len(counts)) + 4 * lanes_for(count) + side / 2
+    )
 
 
-def count_codes(codes: np.ndarray, bits: int, tables: int) -> np.ndarray:
-    """How often each code occurs in each of `tables` equal runs of the codes, int64 `[tables, 2^bits]`."""
-    flat = codes.reshape(-1)
-    run = -(-flat.size // tables)
-    counts = np.zeros((tables, 1 << bits), np.int64)
-    for table in range(tables):
-        part = flat[table * run : (table + 1) * run]
-        for low in range(0, part.size, _CHUNK):  # numpy would widen all of them to 64 bits at once
-            counts[table] += np.bincount(part[low : low + _CHUNK], minlength=1 << bits)
-    return counts
+def count_codes(codes: np.ndarray, bits: int, contexts: Contexts) -> np.ndarray:
+    """How often each code, uint8 `[rows, columns]`, occurs in each table, int64 `[tables, 2^bits]`."""
+    counts = np.zeros(contexts.tables << bits, np.int64)
+    step = max(1, _CHUNK // max(1, codes.shape[1]))
+    for low in range(0, len(codes), step):  # numpy would widen all of them to 64 bits at once
+        part = codes[low : low + step]
+        places = part.astype(np.int64)
+        if contexts.tables > 1:
+            places += contexts.select(low, low + step) << bits
+        counts += np.bincount(places.reshape(-1), minlength=len(counts))
+    return counts.reshape(contexts.tables, 1 << bits)
 
 
 def entropy_of(counts: np.ndarray) -> float:
@@ -51,92 +143,166 @@ def entropy_of(counts: np.ndarray) -> float:
     return max(0.0, float(-(counts * logarithms).sum() / max(1, totals.sum())))
 
 
-def best_tables(codes: np.ndarray, bits: int) -> int:
-    """With how many tables `encode` makes least of the codes: one, or `MOST_TABLES`."""
-    sizes = {
-        tables: coded_bytes(codes.size, bits, entropy_of(count_codes(codes, bits, tables)), tables)
-        for tables in (1, MOST_TABLES)
-    }
-    return min(sizes, key=lambda tables: (sizes[tables], tables))
+def best_contexts(codes: np.ndarray, bits: int) -> Contexts:
+    """With which tables `encode` makes least of the codes: those by size, or a single one."""
+    single, several = Contexts.single(*codes.shape), Contexts.of(codes)
+    sizes = [
+        coded_bytes(count_codes(codes, bits, contexts), 0 if contexts.tables == 1 else sum(codes.shape))
+        for contexts in (single, several)
+    ]
+    return several if sizes[1] < sizes[0] else single
 
 
-def encode(codes: np.ndarray, bits: int, tables: int = 1) -> np.ndarray:
+def encode(codes: np.ndarray, bits: int, contexts: Contexts, beside: np.ndarray | None = None) -> np.ndarray:
     """Codes to bytes.
 
     Args:
-        codes: uint8, any shape, below 2^bits, at least one.
+        codes: uint8 `[rows, columns]`, below 2^bits, at least one.
         bits: 1 to 8.
-        tables: into how many equal runs they are cut, each with frequencies of its own; 1 to `MOST_TABLES`.
+        contexts: which tables they belong to.
+        beside: uint8 `[count]`, other numbers that shall go with them, compressed as well.
 
     Returns:
         uint8 `[bytes]`.
     """
-    flat = codes.reshape(-1)
-    frequencies = np.stack([_frequencies(counts) for counts in count_codes(flat, bits, tables)])
+    counts = count_codes(codes, bits, contexts)
+    frequencies = np.stack([_frequencies(of_table) for of_table in counts])
+    head = [np.array([contexts.lowest], np.uint8), contexts.rows, contexts.columns]
+    side = np.frombuffer(
+        zlib.compress(np.concatenate(head if beside is None else [*head, beside]).tobytes(), 9), np.uint8
+    )
+    tables = []
+    for table in frequencies:
+        first, last = np.flatnonzero(table)[[0, -1]]
+        tables.append(np.array([first, last - first], np.uint8))
+        tables.append(table[first : last + 1].astype("<u2"))
+    states, words = _encoded(codes, frequencies, bits, contexts)
+    parts = [np.array([len(side)], "<u4"), side, *tables, states.astype("<u4"), *words]
+    return np.concatenate([part.view(np.uint8) for part in parts])
+
+
+def _encoded(
+    codes: np.ndarray, frequencies: np.ndarray, bits: int, contexts: Contexts
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    flat, columns = codes.reshape(-1), codes.shape[1]
     frequency = frequencies.astype(np.uint64).reshape(-1)
     start = (np.cumsum(frequencies, axis=1) - frequencies).astype(np.uint64).reshape(-1)
-    count, lanes, run = flat.size, lanes_for(flat.size), -(-flat.size // tables)
+    count, lanes = flat.size, lanes_for(flat.size)
     states = np.full(lanes, _LOWEST, np.uint64)
     words: list[np.ndarray] = []
     # Backwards, so that they can be read forwards.
     for first in range((count - 1) // lanes * lanes, -1, -lanes):
         place = flat[first : first + lanes].astype(np.int64)
-        place += np.arange(first, first + len(place)) // run << bits
+        place += _tables(contexts, first, len(place), columns) << bits
         f, s = frequency[place], start[place]
         x = states[: len(f)]
         full = x >= f << np.uint64(32 - _BITS)
         words.append((x[full] & np.uint64(0xFFFF)).astype("<u2"))
         x = np.where(full, x >> np.uint64(16), x)
         states[: len(f)] = (x // f << np.uint64(_BITS)) + x % f + s
-    parts = [frequencies.astype("<u2").reshape(-1), states.astype("<u4"), *words[::-1]]
-    return np.concatenate([part.view(np.uint8) for part in parts])
+    return states, words[::-1]
 
 
-def decode(data: np.ndarray, bits: int, count: int, tables: int = 1) -> np.ndarray:
+def _tables(contexts: Contexts, first: int, count: int, columns: int) -> np.ndarray:
+    """The tables of `count` codes from the code `first` on, in the order of rows, int64 `[count]`."""
+    if contexts.tables == 1:
+        return np.zeros(count, np.int64)
+    places = np.arange(first, first + count)
+    sums = contexts.rows[places // columns].astype(np.int64) + contexts.columns[places % columns]
+    found: np.ndarray = np.clip(sums - contexts.lowest, 0, contexts.tables - 1)
+    return found
+
+
+def decode(
+    data: np.ndarray, bits: int, shape: tuple[int, int], tables: int = 1, beside: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Bytes to codes, the inverse of `encode`.
 
     Args:
         data: uint8 `[bytes]`.
         bits: 1 to 8.
-        count: how many codes.
-        tables: as for `encode`.
+        shape: rows and columns of the codes.
+        tables: how many tables there are.
+        beside: how many other numbers go with them.
 
     Returns:
-        uint8 `[count]`.
+        The codes, uint8 `[rows, columns]`, and the other numbers, uint8 `[beside]`.
 
     Raises:
         ValueError: the bytes are not what `encode` makes for so many codes of so many bits.
     """
-    if native.chosen() is not None:
-        return native.decode_codes(data, bits, count, tables)
-    return reference_decode(data, bits, count, tables)
-
-
-def reference_decode(data: np.ndarray, bits: int, count: int, tables: int = 1) -> np.ndarray:
-    """`decode` in NumPy, a step of all lanes at a time."""
-    lanes, symbols, run = lanes_for(count), 1 << bits, -(-count // tables)
-    head = 2 * tables * symbols
-    if len(data) < head + 4 * lanes or (len(data) - head) % 2:
-        raise ValueError(f"{len(data)} bytes cannot hold {count} codes")
     data = np.ascontiguousarray(data)
-    frequencies = data[:head].view("<u2").astype(np.int64).reshape(tables, symbols)
-    if (wrong := frequencies.sum(axis=1) != _TOTAL).any():
-        raise ValueError(f"frequencies add up to {frequencies[wrong][0].sum()} instead of {_TOTAL}")
-    states = data[head : head + 4 * lanes].view("<u4").astype(np.uint64)
-    words = data[head + 4 * lanes :].view("<u2")
+    side, rest = _side(data, 1 + shape[0] + shape[1] + beside)
+    levels = np.split(side[1:], [shape[0], shape[0] + shape[1]])
+    contexts = Contexts(levels[0], levels[1], int(side[0]), tables)
+    frequencies, rest = _read_frequencies(rest, bits, tables)
+    lanes = lanes_for(shape[0] * shape[1])
+    if len(rest) < 4 * lanes or len(rest) % 2:
+        raise ValueError(f"{len(data)} bytes cannot hold {shape[0] * shape[1]} codes")
+    if native.chosen() is not None:
+        codes = native.decode_stream(
+            rest, frequencies, bits, (contexts.rows, contexts.columns), contexts.lowest
+        )
+    else:
+        # Copies, because nothing says that they lie at even addresses.
+        states = np.frombuffer(rest[: 4 * lanes].tobytes(), "<u4").astype(np.uint64)
+        words = np.frombuffer(rest[4 * lanes :].tobytes(), "<u2")
+        codes = _decoded(states, words, frequencies, bits, contexts).reshape(shape)
+    return codes, levels[2]
+
+
+def _side(data: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers beside the codes, uint8 `[count]`, and what follows them."""
+    if len(data) < 4:
+        raise ValueError(f"{len(data)} bytes cannot hold any codes")
+    size = int(data[:4].view("<u4")[0])
+    if size > len(data) - 4:
+        raise ValueError(f"levels of {size} bytes in {len(data)} bytes")
+    reader = zlib.decompressobj()
+    try:
+        # One more than there should be, and no more, whatever the bytes say.
+        found = reader.decompress(data[4 : 4 + size].tobytes(), count + 1)
+    except zlib.error as error:
+        raise ValueError(f"unreadable levels: {error}") from None
+    if len(found) != count or not reader.eof or reader.unused_data:
+        raise ValueError(f"the levels are not {count} numbers")
+    return np.frombuffer(found, np.uint8), data[4 + size :]
+
+
+def _read_frequencies(data: np.ndarray, bits: int, tables: int) -> tuple[np.ndarray, np.ndarray]:
+    """Frequencies, int64 `[tables, 2^bits]`, and what follows them."""
+    frequencies = np.zeros((tables, 1 << bits), np.int64)
+    for table in frequencies:
+        if len(data) < 2:
+            raise ValueError("the frequencies end early")
+        first, count = int(data[0]), int(data[1]) + 1
+        if first + count > 1 << bits or len(data) < 2 + 2 * count:
+            raise ValueError(f"frequencies of the codes {first} to {first + count - 1} of {bits} bits")
+        table[first : first + count] = np.frombuffer(data[2 : 2 + 2 * count].tobytes(), "<u2")
+        if table.sum() != _TOTAL:
+            raise ValueError(f"frequencies add up to {table.sum()} instead of {_TOTAL}")
+        data = data[2 + 2 * count :]
+    return frequencies, data
+
+
+def _decoded(
+    states: np.ndarray, words: np.ndarray, frequencies: np.ndarray, bits: int, contexts: Contexts
+) -> np.ndarray:
+    columns = len(contexts.columns)
+    tables, symbols = frequencies.shape
     symbol = np.repeat(np.tile(np.arange(symbols, dtype=np.uint8), tables), frequencies.reshape(-1))
     # By table and slot: the symbol's frequency, and the slot's place in its range.
     starts = np.cumsum(frequencies, axis=1) - frequencies
     frequency = np.repeat(frequencies.reshape(-1), frequencies.reshape(-1)).astype(np.uint64)
     places = np.tile(np.arange(_TOTAL), tables) - np.repeat(starts.reshape(-1), frequencies.reshape(-1))
     offset = places.astype(np.uint64)
+    count, lanes = len(contexts.rows) * columns, len(states)
     out = np.empty(count, np.uint8)
     position = 0
     for first in range(0, count, lanes):
         x = states[: min(lanes, count - first)]
         slot = (x & np.uint64(_TOTAL - 1)).astype(np.int64)
-        if tables > 1:
-            slot += np.arange(first, first + len(x)) // run << _BITS
+        slot += _tables(contexts, first, len(x), columns) << _BITS
         out[first : first + len(x)] = symbol[slot]
         x = frequency[slot] * (x >> np.uint64(_BITS)) + offset[slot]
         empty = np.flatnonzero(x < _LOWEST)
@@ -154,8 +320,9 @@ def reference_decode(data: np.ndarray, bits: int, count: int, tables: int = 1) -
 
 def _frequencies(counts: np.ndarray) -> np.ndarray:
     """Counts to whole frequencies with the sum 2^12, at least 1 for every code that occurs."""
-    if not counts.any():  # a run beyond the last code
-        counts = np.ones_like(counts)
+    if not counts.any():  # a table without codes
+        counts = np.zeros_like(counts)
+        counts[0] = 1
     present = counts > 0
     frequencies = np.where(present, np.maximum(1, np.round(counts / counts.sum() * _TOTAL)), 0).astype(
         np.int64

@@ -32,10 +32,10 @@ from usmlite.checkpoint import CheckpointFolder, save_student
 from usmlite.data import Utterance, Window, load_window, pack_windows
 from usmlite.distill import Distillation, LossWeights
 from usmlite.errors import OutputError, TrainingError
-from usmlite.masks import attach
 from usmlite.memory import PeakMemory
 from usmlite.models import TimedText, WhisperAdapter
-from usmlite.recipe import Recipe
+from usmlite.movement import attach
+from usmlite.recipe import Recipe, TrainingRecipe
 from usmlite.schedule import moving_steps, rate
 
 # Power of speech over that of noise where noise is added, in dB: from a busy room to a quiet one.
@@ -170,17 +170,18 @@ def make_optimizer(student: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW with groups for the weights, the learned scales, the token embedding and the learned masks.
 
     The embedding has a rate of its own because most of its rows are words that the speech never has: all
-    they get is the noise of the softmax, which Adam would scale up to full steps.
+    they get is the noise of the softmax, which Adam would scale up to full steps. A group's "rate" names the
+    setting with its peak learning rate.
     """
     training = recipe.training
     embedding = {id(p): p for p in cast(Any, student).get_input_embeddings().parameters()}
     for parameter in embedding.values():
-        parameter.requires_grad_(training.embedding_learning_rate > 0)
+        parameter.requires_grad_(training.ever("embedding_learning_rate") > 0)
     groups: list[dict[str, Any]] = [
-        {"params": [], "peak": training.learning_rate, "weight_decay": training.weight_decay},
-        {"params": [], "peak": training.scale_learning_rate, "weight_decay": 0.0},
-        {"params": [], "peak": training.embedding_learning_rate, "weight_decay": 0.0},
-        {"params": [], "peak": training.mask_learning_rate, "weight_decay": 0.0},
+        {"params": [], "rate": "learning_rate", "weight_decay": training.weight_decay},
+        {"params": [], "rate": "scale_learning_rate", "weight_decay": 0.0},
+        {"params": [], "rate": "embedding_learning_rate", "weight_decay": 0.0},
+        {"params": [], "rate": "mask_learning_rate", "weight_decay": 0.0},
     ]
     endings = {"log_scale": 1, "logits": 3}
     for name, parameter in student.named_parameters():
@@ -189,6 +190,13 @@ def make_optimizer(student: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
             groups[group]["params"].append(parameter)
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=training.learning_rate, fused=True
+    )
+
+
+def loss_weights(training: TrainingRecipe) -> LossWeights:
+    """How much each term of the loss counts with these settings."""
+    return LossWeights(
+        training.kl, training.ce, training.states, training.temperature, training.layers, training.attention
     )
 
 
@@ -247,8 +255,9 @@ def finetune(
         KeyboardInterrupt: after Ctrl-C; the step was finished and saved first.
     """
     training = recipe.training
-    # Learned masks take no part in the steps after they are frozen.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=recipe.student.masks == "gumbel")
+    # Learned masks take no part in the steps after they are frozen, learned scales in those with other bits.
+    partial = recipe.student.masks == "gumbel" or recipe.student.stochastic_bits is not None
+    unused = DistributedDataParallelKwargs(find_unused_parameters=partial)
     accelerator = Accelerator(kwargs_handlers=[unused])
     device = accelerator.device
     # Not Accelerate's mixed precision: that is fixed for the life of the process, and bf16 needs no more.
@@ -257,7 +266,7 @@ def finetune(
     teacher.to(device).eval()
     optimizer = make_optimizer(student, recipe)
     moving = moving_steps(training.steps, freeze=recipe.student.mask_freeze)
-    masks = attach(student, optimizer, moving=moving)
+    movement = attach(student, optimizer, moving=moving, seed=training.seed)
     folder, log = CheckpointFolder(output / "checkpoints"), output / "train.jsonl"
     state: dict[str, Any] = {
         "step": 0,
@@ -269,15 +278,13 @@ def finetune(
     }
     state.update(folder.restore(student, optimizer) or {})
     first = int(state["step"])
-    masks.at(first)
+    movement.at(first)
     _cut_log(log, first)
 
-    weights = LossWeights(
-        training.kl, training.ce, training.states, training.temperature, training.layers, training.attention
+    objective = Distillation(
+        student, teacher, loss_weights(training), layers=adapter.layers(), attentions=adapter.attentions()
     )
-    distillation = accelerator.prepare(
-        Distillation(student, teacher, weights, layers=adapter.layers(), attentions=adapter.attentions())
-    )
+    distillation = accelerator.prepare(objective)
     dataset = TrainingWindows(utterances, recipe)
     per_step = training.batch_size * training.accumulate * accelerator.num_processes
     mine = [
@@ -306,8 +313,8 @@ def finetune(
         with averaged(optimizer) if step < training.steps else nullcontext():
             wer = dev_wer(student)
             state["dev_wer"] = wer
-            # With more weights than the spec allows it would be the best, and could not be packed.
-            if masks.at_target and (state["best_wer"] is None or wer <= state["best_wer"]):
+            # With more weights or bits than the spec allows it would be the best, and could not be packed.
+            if movement.at_target and (state["best_wer"] is None or wer <= state["best_wer"]):
                 state["best_wer"], state["best_step"] = wer, step
                 save_student(output / "best", student, None, {"step": step, "dev_wer": wer})
         student.train()
@@ -322,11 +329,13 @@ def finetune(
             started = time.perf_counter()
             torch.manual_seed(hash((training.seed, step)) % 2**63)  # what the student draws; dropout
             share = rate(step, training.steps, warmup=training.warmup, final=training.final_rate)
+            phase = training.at(step)
+            objective.weights = loss_weights(phase)
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * share
+                group["lr"] = getattr(phase, group["rate"]) * share
             sums: dict[str, float] = {}
             for part in range(training.accumulate):
-                batch = _to_device(next(batches), adapter, recipe, device, step, part)
+                batch = make_batch(next(batches), adapter, recipe, device, step, part)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     losses = distillation(**batch)
                 accelerator.backward(losses["loss"] / training.accumulate)
@@ -360,13 +369,13 @@ def finetune(
             stopping = _anywhere(stop_asked(), accelerator)
             if accelerator.is_main_process:
                 _write_log(
-                    log, done, sums, optimizer.param_groups[0]["lr"], norm, masks.churn, seconds, state
+                    log, done, sums, optimizer.param_groups[0]["lr"], norm, movement.churn, seconds, state
                 )
                 if last or stopping or done % training.checkpoint_every == 0:
                     folder.save(student, optimizer, state, done)
                 if tell is not None:
                     mean = sum(recent) / len(recent)
-                    tell(Progress(done, training.steps, sums, state["dev_wer"], masks.churn, mean))
+                    tell(Progress(done, training.steps, sums, state["dev_wer"], movement.churn, mean))
             if stopping and not last:
                 raise KeyboardInterrupt
     if accelerator.is_main_process and state["best_wer"] is None:
@@ -404,14 +413,24 @@ class _Order(torch.utils.data.Sampler[int]):
         return len(self.items)
 
 
-def _to_device(
+def make_batch(
     rows: Sequence[tuple[Tensor, list[TimedText], bool]],
     adapter: WhisperAdapter,
     recipe: Recipe,
     device: torch.device,
     step: int,
-    part: int,
+    part: int = 0,
 ) -> dict[str, Tensor]:
+    """Items of `TrainingWindows` as inputs of `distill.Distillation`, on the device.
+
+    Args:
+        rows: the items.
+        adapter: turns audio into features and texts into tokens.
+        recipe: what is masked and swapped in them.
+        device: where the models are.
+        step: what is drawn at random is drawn from the recipe's seed and this,
+        part: and the number of the batch within the step.
+    """
     samples = torch.stack([row[0] for row in rows]).to(device)
     heard = taught = adapter.features(samples)
     generator = torch.Generator().manual_seed((recipe.training.seed * 1_000_003 + step) * 64 + part)

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from usmlite.errors import RecipeError
-from usmlite.recipe import FLOAT, GRID, Recipe, build_recipe, keys, merged, nearest, read_tables
+from usmlite.recipe import FLOAT, GRID, LISTS, Recipe, build_recipe, keys, merged, nearest, read_tables
 
-RULES = "spec.rules"
 _NAME = "name"
 
 
@@ -130,7 +129,7 @@ def _points(
             point.setdefault(section, {})[name] = value
         recipe = build_recipe(merged(merged(values, point), overrides), where=str(path))
         if template is None:
-            name = "-".join([path.stem, *(_label(recipe, key) for key in varied if key != RULES)])
+            name = "-".join([path.stem, *(_label(recipe, key) for key in varied if key not in LISTS)])
         else:
             name = _filled(template, recipe, f"{where}: {_NAME}")
         yield Run(_named(name, where), recipe, str(path))
@@ -176,14 +175,14 @@ def _flat(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _choices(key: str, value: Any) -> list[Any]:
     if not isinstance(value, list):
         return [value]
-    # Rules are a list themselves: a list of lists of rules varies them.
-    if key == RULES and value and all(isinstance(rule, Mapping) for rule in value):
+    # Rules are a list themselves: a list of lists of rules varies them; phases likewise.
+    if key in LISTS and value and all(isinstance(rule, Mapping) for rule in value):
         return [value]
     return value
 
 
 def _known() -> list[str]:
-    return [*(f"{key.section}.{key.name}" for key in keys()), RULES]
+    return [*(f"{key.section}.{key.name}" for key in keys()), *LISTS]
 
 
 def _meant(name: str) -> str:
@@ -214,7 +213,7 @@ def _label(recipe: Recipe, key: str) -> str:
 def _filled(template: str, recipe: Recipe, where: str) -> str:
     def label(found: re.Match[str]) -> str:
         key = found[1].strip()
-        if key not in _known() or key == RULES:
+        if key not in _known() or key in LISTS:
             raise RecipeError("unknown key", where=f"{where}: {found[0]}", remedy=_meant(key))
         return _label(recipe, key)
 

@@ -220,7 +220,7 @@ def _describe_packed(path: Path, source: str) -> ModelInfo:
     saved = 0
     for layer in manifest.layers.values():
         if layer.coded is not None:
-            saved += math.prod(part_shapes(layer.spec, *matrix_shape(layer.shape))["codes"][1]) - layer.coded
+            saved += layer.fixed_bytes - layer.coded
     return ModelInfo(source, True, tuple(rows), header, float32, saved_bytes=saved)
 
 

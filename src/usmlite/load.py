@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 from usmlite.checkpoint import load_student
 from usmlite.errors import ModelError
 from usmlite.models import Teacher, load_teacher
+from usmlite.movement import take_up
 from usmlite.packed import Hold, fastest_hold, load_packed
 from usmlite.packfile import WEIGHTS_NAME, is_packed
 from usmlite.recipe import Recipe, load_recipe
 from usmlite.runtime import Recognizer
+from usmlite.schedule import moving_steps
 from usmlite.shipped import DEFAULT, SHIPPED, shipped
 from usmlite.spec import CompressionSpec, matrix_shape
 from usmlite.student import StudentOptions, dense_equivalent, layer_specs, make_student
@@ -76,11 +79,21 @@ def run_spec(run: Path, recipe: Recipe) -> CompressionSpec:
 
 
 def student_options(recipe: Recipe) -> StudentOptions:
-    """How the recipe wants scales and masks to behave."""
+    """How the recipe wants scales, masks and bits to behave."""
     wanted = recipe.student
-    # Masks move while the student trains: without training they are those of the start.
-    masks = wanted.masks if recipe.training.steps else "fixed"
-    return StudentOptions(wanted.scales, masks, wanted.mask_every, wanted.mask_decay)  # type: ignore[arg-type]
+    # Masks and bits move while the student trains: without training they are those of the start.
+    if not recipe.training.steps:
+        return StudentOptions(cast(Any, wanted.scales), "fixed")
+    before, drawn = wanted.schedule()
+    return StudentOptions(
+        cast(Any, wanted.scales),
+        cast(Any, wanted.masks),
+        wanted.mask_every,
+        wanted.mask_decay,
+        before,
+        drawn,
+        wanted.stochastic_share,
+    )
 
 
 def _load_student(path: Path) -> Recognizer:
@@ -103,7 +116,9 @@ def _load_student(path: Path) -> Recognizer:
         computed=adapter.computed(teacher.model),
         start=False,
     )
-    load_student(path, student)
+    # A student on its way has bits of its own, which its scales are for.
+    moving = moving_steps(recipe.training.steps, freeze=recipe.student.mask_freeze)
+    take_up(student, int(load_student(path, student).get("step", moving)), moving)
     specs = layer_specs(student)
     computed = adapter.computed(teacher.model)
     size = 0

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from usmlite import entropy, kernels, packfile
+from usmlite import kernels, packfile
 from usmlite import quantize as q
 from usmlite.errors import ModelError, UsmliteError
 from usmlite.packfile import CONFIG_NAME, WEIGHTS_NAME, Manifest, PackedLayer, WeightsFile, WeightsWriter
@@ -70,7 +70,7 @@ def pack(
             loads more slowly.
 
     Raises:
-        ModelError: a weight is not finite or its mask does not fit its spec.
+        ModelError: a weight is not finite, or its mask or its bits do not fit its spec.
         OutputError: something else is there, or it cannot be written.
     """
     with torch.autocast(next(student.parameters()).device.type, enabled=False):
@@ -81,20 +81,16 @@ def pack(
         for name in computed:
             del rest[name]
         with packfile.new_directory(directory) as folder, tempfile.TemporaryDirectory(dir=folder) as aside:
-            layers = {
-                name: _coded(name, layer, Path(aside) / str(index) if coded else None)
-                for index, (name, layer) in enumerate(covered.items())
-            }
+            layers = {}
+            for index, (name, layer) in enumerate(covered.items()):
+                layers[name], parts = _stored(name, layer, coded=coded)
+                save_file(parts, Path(aside) / str(index))
             writer = WeightsWriter(folder / WEIGHTS_NAME, _stored_shapes(layers, kept))
             try:
                 for name, tensor in kept.items():
                     writer.write(name, _as_stored(name, tensor))
-                for index, (name, layer) in enumerate(covered.items()):
-                    parts = pack_layer(name, layer)
-                    if layers[name].coded is not None:
-                        del parts["codes"]
-                        parts["coded"] = torch.from_numpy(np.fromfile(Path(aside) / str(index), np.uint8))
-                    for part, stored in parts.items():
+                for index, name in enumerate(covered):
+                    for part, stored in load_file(Path(aside) / str(index)).items():
                         writer.write(f"{name}.weight.{part}", stored)
             except BaseException:
                 writer.close(complete=False)
@@ -108,22 +104,15 @@ def pack(
     return Packed(Path(directory), weights.size, manifest.digest, layers, sizes, computed)
 
 
-def _coded(name: str, layer: CompressedLayer, path: Path | None) -> PackedLayer:
-    """What becomes of a weight; its entropy-coded codes are put into `path`, if they are worth it."""
+def _stored(name: str, layer: CompressedLayer, *, coded: bool) -> tuple[PackedLayer, dict[str, Tensor]]:
+    """What becomes of a weight and its parts; with entropy-coded codes, if they are worth it."""
     # A rate says how scales were chosen, which a reader need not know.
     spec, shape = replace(layer.compression.spec, rate=None), tuple(layer.weight.shape)
-    if path is None or spec.quant is None:
-        return PackedLayer(shape, spec)
+    parts, packed = pack_layer(name, layer), PackedLayer(shape, spec)
+    if not coded or spec.quant is None:
+        return packed, parts
     stored = spec.stored_columns(matrix_shape(shape)[1])
-    packed = pack_layer(name, layer)["codes"]
-    codes = kernels.unpack_codes(packed, spec.quant.bits, stored).numpy()
-    tables = entropy.best_tables(codes, spec.quant.bits)
-    data = entropy.encode(codes, spec.quant.bits, tables)
-    low, high = packfile.coded_bounds(packed.numel())
-    if not low <= len(data) <= high:
-        return PackedLayer(shape, spec)
-    data.tofile(path)
-    return PackedLayer(shape, spec, len(data), tables)
+    return packed.encoded(parts, kernels.unpack_codes(parts["codes"], spec.quant.bits, stored))
 
 
 def pack_layer(name: str, layer: CompressedLayer) -> dict[str, Tensor]:
@@ -137,10 +126,15 @@ def pack_layer(name: str, layer: CompressedLayer) -> dict[str, Tensor]:
         Tensors on the CPU as `packfile.part_shapes` describes them.
 
     Raises:
-        ModelError: the weight is not finite, or its mask does not fit its spec.
+        ModelError: the weight is not finite, or its mask or its bits do not fit its spec.
     """
     compression = layer.compression
     spec = compression.spec
+    if compression.present.precision != spec.precision:
+        raise ModelError(
+            "the weight has more bits than its spec", where=f"{name}.weight", expected=spec,
+            found=compression.present, remedy="Train on, until its bits have descended.",
+        )  # fmt: skip
     rows, columns = matrix_shape(layer.weight.shape)
     parts = {
         part: torch.empty(shape, dtype=dtype)
@@ -148,8 +142,8 @@ def pack_layer(name: str, layer: CompressedLayer) -> dict[str, Tensor]:
     }
     weight = layer.weight.detach()
     # Min-max scales follow each row's weights and are found block by block.
-    if compression.column_scale is not None:
-        parts["column_scale"].copy_(compression.column_scale)
+    if compression.column_scale is not None and spec.quant is not None:
+        parts["column_scale"].copy_(packfile.stored_scales(compression.column_scale, spec.quant))
     follows = compression.log_scale is None and compression.scale is None
     given = None if follows or spec.quant is None else compression.scales(weight)
     for low, high in kernels.row_blocks(rows, columns):
@@ -176,7 +170,7 @@ def _pack_block(
     spec = compression.spec
     mask = None if compression.mask is None else compression.mask[rows]
     if spec.quant is None:
-        return packfile.pack_rows(spec, matrix.clamp(-q.MAX_SCALE, q.MAX_SCALE).half(), mask=mask)
+        return packfile.pack_rows(spec, matrix.clamp(-kernels.MAX_SCALE, kernels.MAX_SCALE).half(), mask=mask)
     pruned = matrix if mask is None else torch.where(mask, matrix, torch.zeros_like(matrix))
     if given is None:
         scale, zero = q.min_max(pruned, spec.quant, spec.group)
@@ -213,7 +207,7 @@ def _as_stored(name: str, tensor: Tensor) -> Tensor:
             raise ModelError(
                 "the tensor is not finite", where=name, expected="finite numbers", found="NaN or infinity"
             )
-        out[low:high] = block.clamp(-q.MAX_SCALE, q.MAX_SCALE)
+        out[low:high] = block.clamp(-kernels.MAX_SCALE, kernels.MAX_SCALE)
     return out.reshape(tensor.shape)
 
 

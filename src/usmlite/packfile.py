@@ -16,7 +16,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -27,10 +27,10 @@ from torch import Tensor
 
 from usmlite import entropy, kernels
 from usmlite.errors import ModelError, OutputError, PackedModelError, SpecError
-from usmlite.spec import LayerSpec, matrix_shape
+from usmlite.spec import Int, LayerSpec, matrix_shape
 
 QUANT_METHOD = "usmlite"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 PARTS = ("codes", "coded", "values", "scale", "zero", "column_scale", "pattern")
@@ -77,11 +77,12 @@ def part_shapes(spec: LayerSpec, rows: int, columns: int) -> dict[str, tuple[tor
         parts["values"] = (torch.float16, (rows, stored))
     else:
         parts["codes"] = (torch.uint8, (rows, kernels.code_bytes(stored, spec.quant.bits)))
-        parts["scale"] = (torch.float16, (rows, groups))
+        scale_dtype = torch.uint8 if spec.quant.scale_bits == 8 else torch.float16
+        parts["scale"] = (scale_dtype, (rows, groups))
         if not spec.quant.symmetric:
             parts["zero"] = (torch.uint8, (rows, groups))
         if spec.column_scales:
-            parts["column_scale"] = (torch.float16, (columns,))
+            parts["column_scale"] = (scale_dtype, (columns,))
     if spec.sparsity is not None:
         code = spec.sparsity.code
         words = math.ceil(math.ceil(columns / spec.sparsity.m) / code.groups)
@@ -103,14 +104,14 @@ def pack_rows(
         spec: what the weight becomes.
         codes: uint8 `[rows, columns]`; float16 values if the spec has no codes.
         mask: bool `[rows, columns]`, True where kept; None if dense.
-        scale: float `[rows, groups]`, exactly representable in float16.
+        scale: float `[rows, groups]`, exactly representable as the spec stores scales.
         zero: integer-valued `[rows, groups]`, if asymmetric.
 
     Returns:
         The parts, with the dtypes and shapes of `part_shapes`.
 
     Raises:
-        ModelError: the mask does not keep N of every M, or a scale is not a positive float16.
+        ModelError: the mask does not keep N of every M, or a scale cannot be stored.
     """
     rows, columns = codes.shape
     parts: dict[str, Tensor] = {}
@@ -136,14 +137,26 @@ def pack_rows(
     parts["codes"] = pack_codes(codes, spec.quant.bits)
     if scale is None:
         raise ModelError("a quantized weight without scales")
-    parts["scale"] = scale.half()
-    if not bool((parts["scale"].float() == scale).all() & (scale > 0).all() & scale.isfinite().all()):
-        raise ModelError("scales must be positive and exact in float16")
+    parts["scale"] = stored_scales(scale, spec.quant)
     if not spec.quant.symmetric:
         if zero is None:
             raise ModelError("an asymmetric weight without zero points")
         parts["zero"] = zero.to(torch.uint8)
     return parts
+
+
+def stored_scales(scale: Tensor, quant: Int) -> Tensor:
+    """Scales as they are stored: float16, or uint8 codes where the spec says so; of the same shape.
+
+    Raises:
+        ModelError: one is not positive, or not exactly what is stored for it.
+    """
+    coded = quant.scale_bits == 8
+    stored = kernels.scale_codes(scale) if coded else scale.half()
+    exact = (kernels.scale_of(stored) if coded else stored).float() == scale
+    if not bool(exact.all() & (scale > 0).all() & scale.isfinite().all()):
+        raise ModelError(f"scales must be positive and exact in {quant.scale_bits} bits")
+    return stored
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
@@ -231,15 +244,27 @@ def packed_weight(
         group=spec.group,
         layout=layout,
         codes=parts["values" if spec.quant is None else "codes"],
-        scale=parts.get("scale"),
+        scale=_scales(parts.get("scale"), f"{where}.scale"),
         zero=parts.get("zero"),
-        column_scale=parts.get("column_scale"),
+        column_scale=_scales(parts.get("column_scale"), f"{where}.column_scale"),
         pattern=parts.get("pattern"),
     )
     _check_values(weight, where)
     if spec.quant is not None and spec.quant.grid == "ternary":
         _check_ternary(weight.codes, where)
     return weight
+
+
+def _scales(stored: Tensor | None, where: str) -> Tensor | None:
+    """Scales in float16."""
+    if stored is None or stored.dtype != torch.uint8:
+        return stored
+    if stored.numel() and int(stored.max()) > kernels.MOST_SCALE_CODE:
+        raise PackedModelError(
+            "impossible scale", where=where, expected=f"0 to {kernels.MOST_SCALE_CODE}",
+            found=int(stored.max()), remedy=_AGAIN,
+        )  # fmt: skip
+    return kernels.scale_of(stored)
 
 
 def _check_ternary(codes: Tensor, where: str) -> None:
@@ -377,8 +402,9 @@ class PackedLayer:
     Attributes:
         shape: its shape in the model.
         spec: what it became.
-        coded: bytes of its entropy-coded codes; None where they are stored with a fixed width.
-        tables: how many tables of frequencies these bytes begin with.
+        coded: bytes of its entropy-coded codes, and of its scales if they have 8 bits; None where they are
+            stored with a fixed width.
+        tables: how many tables of frequencies are among these bytes.
     """
 
     shape: tuple[int, ...]
@@ -391,10 +417,15 @@ class PackedLayer:
         parts = part_shapes(self.spec, *matrix_shape(self.shape))
         if self.coded is None:
             return parts
-        return {
-            "coded" if name == "codes" else name: (torch.uint8, (self.coded,)) if name == "codes" else part
-            for name, part in parts.items()
-        }
+        rest = {name: part for name, part in parts.items() if name not in ("codes", *self._beside())}
+        return {"coded": (torch.uint8, (self.coded,)), **rest}
+
+    def _beside(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the parts that lie with entropy-coded codes."""
+        if self.spec.quant is None or self.spec.quant.scale_bits != 8:
+            return {}
+        shapes = part_shapes(self.spec, *matrix_shape(self.shape))
+        return {name: shapes[name][1] for name in ("scale", "column_scale") if name in shapes}
 
     def decoded(self, parts: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:
         """The parts with fixed-width codes.
@@ -411,14 +442,48 @@ class PackedLayer:
         assert self.spec.quant is not None
         rows, columns = matrix_shape(self.shape)
         stored, bits = self.spec.stored_columns(columns), self.spec.quant.bits
+        beside = self._beside()
+        sizes = [math.prod(part) for part in beside.values()]
         try:
-            codes = entropy.decode(parts["coded"].cpu().numpy(), bits, rows * stored, self.tables)
+            codes, found = entropy.decode(
+                parts["coded"].cpu().numpy(), bits, (rows, stored), self.tables, sum(sizes)
+            )
         except ValueError as error:
             raise PackedModelError(
                 "impossible entropy-coded codes", where=f"{where}.coded", found=error, remedy=_AGAIN
             ) from None
         rest = {name: part for name, part in parts.items() if name != "coded"}
-        return rest | {"codes": pack_codes(torch.from_numpy(codes).reshape(rows, stored), bits)}
+        pieces = torch.split(torch.from_numpy(found.copy()), sizes) if sizes else ()
+        rest |= {
+            name: piece.reshape(part) for (name, part), piece in zip(beside.items(), pieces, strict=True)
+        }
+        return rest | {"codes": pack_codes(torch.from_numpy(codes), bits)}
+
+    def encoded(self, parts: Mapping[str, Tensor], codes: Tensor) -> tuple[PackedLayer, dict[str, Tensor]]:
+        """The parts with entropy-coded codes, and what the manifest says then; else as they are.
+
+        Args:
+            parts: with fixed-width codes.
+            codes: uint8 `[rows, stored]`, the same ones.
+        """
+        assert self.spec.quant is not None
+        beside = [parts[name].reshape(-1) for name in self._beside()]
+        contexts = entropy.best_contexts(codes.numpy(), self.spec.quant.bits)
+        data = entropy.encode(
+            codes.numpy(), self.spec.quant.bits, contexts, torch.cat(beside).numpy() if beside else None
+        )
+        low, high = coded_bounds(self.fixed_bytes)
+        if not low <= len(data) <= high:
+            return self, dict(parts)
+        rest = {name: part for name, part in parts.items() if name not in ("codes", *self._beside())}
+        layer = replace(self, coded=len(data), tables=contexts.tables)
+        return layer, {"coded": torch.from_numpy(data), **rest}
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes with a fixed width of what entropy coding puts together."""
+        shapes = part_shapes(self.spec, *matrix_shape(self.shape))
+        return sum(math.prod(shapes[name][1]) for name in ("codes", *self._beside()) if name in shapes)
 
     def to_dict(self) -> dict[str, Any]:
         """As config.json holds it."""
@@ -472,12 +537,16 @@ class Manifest:
             )  # fmt: skip
         where = f"{where}: quantization_config"
         version = values.get("format_version")
-        if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT_VERSION:
-            newer = isinstance(version, int) and version > FORMAT_VERSION
+        if version != FORMAT_VERSION or isinstance(version, bool):
+            what, remedy = "unusable format version", _AGAIN
+            if isinstance(version, int) and version > FORMAT_VERSION:
+                what = "packed by a newer usmlite"
+                remedy = "Install a newer usmlite: pip install --upgrade usmlite."
+            elif version == 1 and not isinstance(version, bool):
+                what, remedy = "packed by an usmlite before its first release", "Compress the model again."
             raise PackedModelError(
-                "packed by a newer usmlite" if newer else "unusable format version",
-                where=f"{where}.format_version", expected=f"1 to {FORMAT_VERSION}", found=repr(version),
-                remedy="Install a newer usmlite: pip install --upgrade usmlite." if newer else _AGAIN,
+                what, where=f"{where}.format_version", expected=FORMAT_VERSION, found=repr(version),
+                remedy=remedy,
             )  # fmt: skip
         digest_text = values.get("digest")
         if not isinstance(digest_text, str) or not re.fullmatch("sha256:[0-9a-f]{64}", digest_text):
@@ -569,8 +638,7 @@ def _read_layer(values: object, where: str) -> PackedLayer:
     except (SpecError, TypeError) as error:
         raise PackedModelError(f"unusable layer spec: {error}", where=where, remedy=_AGAIN) from None
     if coded is not None:
-        fixed = math.prod(part_shapes(spec, *matrix_shape(layer.shape)).get("codes", (None, (0,)))[1])
-        low, high = coded_bounds(fixed)
+        low, high = coded_bounds(layer.fixed_bytes)
         if not isinstance(coded, int) or isinstance(coded, bool) or not low <= coded <= high:
             raise PackedModelError(
                 "unusable number of bytes", where=f"{where}.coded", expected=f"{low} to {high}",

@@ -3,8 +3,8 @@
 All functions work on matrices `[rows, columns]` (see `spec`). Scales and zero points are
 `[rows, groups]`; `group` input columns share one, None means one group per row.
 
-Scales are rounded to float16 before they are used, because that is how they are stored: what the
-student computes with is what ships, bit for bit.
+Scales are rounded to float16, or to the 8-bit grid, before they are used, because that is how they are
+stored: what the student computes with is what ships, bit for bit.
 """
 
 from __future__ import annotations
@@ -15,21 +15,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from usmlite import entropy
+from usmlite import entropy, kernels
+from usmlite.kernels import MAX_SCALE, MIN_SCALE
 from usmlite.spec import Int
 
-# Outside this range a float16 scale loses precision or overflows.
-MIN_SCALE = 2.0**-14
-MAX_SCALE = 65504.0
 # Rows are handled in blocks of about this many elements, so that a block's temporaries stay in cache.
 _BLOCK_ELEMENTS = 1 << 17
 # Halvings of the interval in which the step for a rate is searched.
-_RATE_TRIES = 12
+_RATE_TRIES = 10
+# On so many weights: more of them would not change the step.
+_RATE_WEIGHTS = 1 << 18
+# Codes stay this far within their ends at first, because compensation may make a weight larger.
+_RATE_REACH = 0.9
 # With less bits than this the best scale is far from the largest weight, and fitting it is worth the time.
 _FEW_BITS = 3
 _LEAST_FRACTION = 0.1
 # How often a scale is fitted to the codes, which then follow it.
 _FITS = 3
+# Steps of the uniform quantizer with the least error, in standard deviations of a normal distribution, by
+# bits (Max 1960, "Quantizing for minimum distortion", table II), and that of three levels.
+_NORMAL_STEPS = {1: 1.596, 2: 0.9957, 3: 0.5860, 4: 0.3352, 5: 0.1881, 6: 0.1041, 7: 0.0569, 8: 0.0308}
+_TERNARY_STEP = 1.224
 
 
 def spread(per_group: Tensor, columns: int, group: int | None) -> Tensor:
@@ -49,19 +55,27 @@ def _grouped(matrix: Tensor, group: int | None, fill: float) -> Tensor:
     return matrix.reshape(rows, -1, size)
 
 
-def round_scale(scale: Tensor) -> Tensor:
-    """The float32 value of the scale as float16 stores it, kept in float16's normal range."""
+def round_scale(scale: Tensor, bits: int = 16) -> Tensor:
+    """The float32 value of the scale as it is stored, kept in float16's normal range.
+
+    Args:
+        scale: float32, any shape.
+        bits: 16 for float16, or 8 (`kernels.scale_codes`).
+    """
+    if bits == 8:
+        return kernels.scale_of(kernels.scale_codes(scale)).float()
     return scale.clamp(MIN_SCALE, MAX_SCALE).half().float()
 
 
-def column_scales(weight: Tensor) -> Tensor:
+def column_scales(weight: Tensor, quant: Int) -> Tensor:
     """One scale a column: its root mean square over that of the whole weight, so that 1 changes nothing.
 
     Args:
         weight: float32 `[rows, columns]`.
+        quant: says how scales are stored.
 
     Returns:
-        float32 `[columns]`, rounded as float16. Empty columns get the scale of the smallest other one.
+        float32 `[columns]`, rounded as stored. Empty columns get the scale of the smallest other one.
     """
     peak = weight.abs().amax()
     if not peak > 0 or not peak.isfinite():
@@ -69,7 +83,7 @@ def column_scales(weight: Tensor) -> Tensor:
     # Against the peak, because squares of what float32 can hold may overflow.
     size = (weight / peak).square().mean(dim=0).sqrt()
     size = size.clamp(min=float(size[size > 0].min()))
-    return round_scale(size / size.square().mean().sqrt())
+    return round_scale(size / size.square().mean().sqrt(), quant.scale_bits)
 
 
 def min_max(weight: Tensor, quant: Int, group: int | None) -> tuple[Tensor, Tensor | None]:
@@ -81,10 +95,10 @@ def min_max(weight: Tensor, quant: Int, group: int | None) -> tuple[Tensor, Tens
         group: inputs per scale, or None for one scale a row.
 
     Returns:
-        scale: float32 `[rows, groups]`, rounded as float16.
+        scale: float32 `[rows, groups]`, rounded as stored.
         zero: integer-valued float32 `[rows, groups]` if asymmetric, else None.
     """
-    scale = round_scale(_covering(weight, quant, group))
+    scale = round_scale(_covering(weight, quant, group), quant.scale_bits)
     if quant.symmetric:
         return scale, None
     low = _grouped(weight, group, 0.0).amin(dim=-1).clamp(max=0.0)
@@ -164,42 +178,90 @@ def min_error(
 
     low = min(smallest, _LEAST_FRACTION) if quant.bits < _FEW_BITS else smallest
     for fraction in torch.linspace(low, 1.0, candidates).tolist():
-        keep_better(round_scale(full * fraction))
+        keep_better(round_scale(full * fraction, quant.scale_bits))
     for _ in range(_FITS if quant.bits < _FEW_BITS else 0):
         levels = fake_quantize(weight, mask, best, zero, quant, group) / spread(best, weight.shape[1], group)
         # Where all levels are zero this is no number, and never better.
-        keep_better(round_scale(sums(levels * weight) / sums(levels.square())))
+        keep_better(round_scale(sums(levels * weight) / sums(levels.square()), quant.scale_bits))
     return best, zero
 
 
-def rate_scales(weight: Tensor, quant: Int, rate: float, octaves: Tensor | None = None) -> Tensor:
+def rate_scales(
+    weight: Tensor, quant: Int, rate: float, rows: Tensor, columns: Tensor
+) -> tuple[Tensor, Tensor]:
     """Scales with which entropy coding spends about `rate` bits on a weight.
 
-    At a given rate the squared error is least if all rows have the same step, however large their weights,
-    and codes enough not to be clipped (Gish and Pierce 1968); where the errors of rows count differently,
-    each octave of a row's step saves it one bit a weight.
+    At a given rate the squared error is least if all weights whose errors count alike have the same step,
+    however large they are, and codes enough not to be clipped (Gish and Pierce 1968). Where errors count
+    differently, each octave of a step saves one bit on its weights.
 
     Args:
         weight: float32 `[rows, columns]`.
         quant: symmetric codes, of more bits than the rate.
         rate: bits a weight.
-        octaves: float32 `[rows]`, by how many doublings each row's step is larger; None for none.
+        rows: float32 `[rows]`, positive: how large the steps of a row are next to those of others.
+        columns: float32 `[columns]`, the same of columns. Those with a weight too large for the codes get
+            larger steps.
 
     Returns:
-        float32 `[rows, 1]`, rounded as float16.
+        scale: float32 `[rows, 1]`, rounded as stored.
+        column_scale: float32 `[columns]`, rounded as stored.
     """
-    steps = torch.ones(len(weight), 1, device=weight.device)
-    if octaves is not None:
-        steps = torch.exp2(octaves.to(weight.device)).unsqueeze(1)
-    size = float(weight.square().mean().sqrt()) or 1.0
+    columns = round_scale(columns / columns.log().mean().exp(), quant.scale_bits)
+    scaled = weight / (rows.unsqueeze(1) * columns)
+    # What is searched on: every so many rows.
+    sample = scaled[:: max(1, weight.numel() // _RATE_WEIGHTS)].cpu()
+    contexts = entropy.Contexts.of(sample.numpy())
+    size = float(scaled.square().mean().sqrt()) or 1.0
     # The rate falls by about a bit where the step doubles.
     low, high = -12.0, 6.0
     for _ in range(_RATE_TRIES):
         middle = (low + high) / 2
-        codes = quantize(weight, round_scale(steps * size * 2.0**middle), None, quant, None)
-        counts = entropy.count_codes(codes.cpu().numpy(), quant.bits, entropy.MOST_TABLES)
-        low, high = (middle, high) if entropy.entropy_of(counts) > rate else (low, middle)
-    return round_scale(steps * size * 2.0**high)
+        codes = quantize(sample, torch.tensor([[size * 2.0**middle]]), None, quant, None)
+        bits = entropy.entropy_of(entropy.count_codes(codes.numpy(), quant.bits, contexts))
+        low, high = (middle, high) if bits > rate else (low, middle)
+    scale = round_scale(rows.unsqueeze(1) * (size * 2.0**high), quant.scale_bits)
+    largest = (weight / scale).abs().amax(dim=0) / (_RATE_REACH * (quant.max_code - quant.zero))
+    return scale, torch.where(largest > columns, round_scale(largest, quant.scale_bits), columns)
+
+
+def finer_scales(scale: Tensor, zero: Tensor | None, quant: Int, finer: Int) -> tuple[Tensor, Tensor | None]:
+    """Scales for more bits, from scales that have little error with fewer.
+
+    They shrink as the best step of a normal distribution does (Max 1960), so that nothing is searched; the
+    middle of the range stays where it is.
+
+    Args:
+        scale: float32 `[rows, groups]`, rounded as float16.
+        zero: as `min_max` gives it.
+        quant: the codes that these are for.
+        finer: codes of the same kind with more bits.
+
+    Returns:
+        As `min_max`.
+    """
+    step = _TERNARY_STEP if quant.grid == "ternary" else _NORMAL_STEPS[quant.bits]
+    shrunk = round_scale(scale * (_NORMAL_STEPS[finer.bits] / step))
+    if zero is None:
+        return shrunk, None
+    middle = (quant.max_code / 2 - zero) * scale
+    return shrunk, (finer.max_code / 2 - middle / shrunk).round().clamp(0, finer.max_code)
+
+
+def finer_rate_scales(scale: Tensor, weight: Tensor, quant: Int, octaves: float) -> Tensor:
+    """Scales for a higher rate: each bit halves them, until the codes just reach the row's largest weight.
+
+    Args:
+        scale: float32 `[rows, 1]`, as `rate_scales` gives it.
+        weight: float32 `[rows, columns]`.
+        quant: the codes.
+        octaves: by how many bits the rate is higher.
+
+    Returns:
+        float32 `[rows, 1]`, rounded as stored.
+    """
+    floor = weight.detach().abs().amax(dim=1, keepdim=True) / (quant.max_code - quant.zero)
+    return round_scale(torch.maximum(scale * 2.0**-octaves, floor.minimum(scale)), quant.scale_bits)
 
 
 def quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, quant: Int, group: int | None) -> Tensor:
@@ -277,7 +339,7 @@ class FakeQuantize(torch.autograd.Function):
     ) -> Tensor:
         """Returns the fake-quantized `[rows, columns]` in `dtype`; give `log_scale` or `scale`."""
         if log_scale is not None:
-            scale = round_scale(log_scale.exp())
+            scale = round_scale(log_scale.exp(), quant.scale_bits)
         assert scale is not None
         rows, columns = weight.shape
         out = torch.empty(rows, columns, dtype=dtype, device=weight.device)

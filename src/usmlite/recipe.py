@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ else:
     import tomli as tomllib
 
 FLOAT = "float"
+LISTS = ("spec.rules", "training.phases")
+"""Keys that are lists of tables."""
 GRID = "grid"
 """The section that makes a recipe file many runs, see `grid`."""
 
@@ -94,6 +98,7 @@ class SpecRecipe:
         "and 1 times the scale (bits = 2)",
         choices=("integer", "midrise", "ternary"),
     )
+    scale_bits: int = _key(16, "bits of each stored scale: 16, or 8 (a rate always takes 8)")
     embedding_bits: float = _key(
         0.0,
         "bits a weight of token embeddings, which are not pruned; with entropy coding any number, such as "
@@ -109,7 +114,7 @@ class SpecRecipe:
     )
     candidates: str = _key(
         "rate",
-        "what a target size chooses from: integer (1 to 8 bits, dense, 3:4, 2:4 and 1:4), rate (0.75 to 6 "
+        "what a target size chooses from: integer (1 to 8 bits, dense, 3:4, 2:4 and 1:4), rate (0.5 to 6 "
         "bits a weight by entropy coding), or all",
         choices=("rate", "integer", "all"),
     )
@@ -118,6 +123,13 @@ class SpecRecipe:
         "allocation.json of an earlier run of the same model: a target size chooses from its figures again "
         "instead of measuring",
     )
+    allocation: str = _key(
+        "measured",
+        "how a target size is shared out: measured (each weight on its own), or learned (from there, a "
+        "mixture of each weight's nearest candidates is trained, all weights together)",
+        choices=("measured", "learned"),
+    )
+    allocation_steps: int = _key(60, "steps of batch_size windows that a learned allocation trains")
     rules: tuple[dict[str, Any], ...] = ()
 
     def target_bytes(self, float32_bytes: int, *, where: str = "spec.target_size") -> int | None:
@@ -167,6 +179,7 @@ class SpecRecipe:
             grid=typing.cast("Any", self.grid),
             embedding_bits=self.embedding_bits or None,
             coded=self.entropy_coding,
+            scale_bits=self.scale_bits,
             first=first,
         )
 
@@ -200,7 +213,44 @@ class StudentRecipe:
     mask_decay: float = _key(
         10.0, "decay of pruned weights per unit of learning rate (sr-ste and gradual); 0 for none"
     )
-    mask_freeze: float = _key(0.7, "masks stop moving after this share of the steps")
+    mask_freeze: float = _key(0.7, "masks and bits stop moving after this share of the steps")
+    bits_schedule: str | None = _key(
+        None,
+        "bits before those of the spec, descending, such as 8,4,3: weights begin with the first, and come to "
+        "their own in equal parts of the steps until mask_freeze, each time with new scales; rates descend "
+        "likewise, embeddings do not",
+    )
+    stochastic_bits: str | None = _key(
+        None,
+        "until mask_freeze, now and then a weight has more bits for one step, drawn from these, such as 4,8; "
+        "embeddings have not",
+    )
+    stochastic_share: float = _key(0.5, "with stochastic_bits, the share of the steps, for each weight")
+
+    def schedule(self, *, where: str = "student") -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """`bits_schedule` and `stochastic_bits` as numbers; empty if there are none.
+
+        Raises:
+            RecipeError: one cannot be read, or the schedule does not descend.
+        """
+        before = _list_of_bits(self.bits_schedule, f"{where}.bits_schedule")
+        if any(a <= b for a, b in pairwise(before)):
+            raise RecipeError(
+                "bits that do not descend",
+                where=f"{where}.bits_schedule",
+                expected="such as 8,4,3",
+                found=repr(self.bits_schedule),
+            )
+        return before, _list_of_bits(self.stochastic_bits, f"{where}.stochastic_bits")
+
+
+def _list_of_bits(text: str | None, where: str) -> tuple[int, ...]:
+    parts = [] if text is None else [part.strip() for part in text.split(",")]
+    if not all(part in "12345678" and len(part) == 1 for part in parts):
+        raise RecipeError(
+            "unreadable list of bits", where=where, expected="1 to 8 each, such as 8,4,3", found=repr(text)
+        )
+    return tuple(int(part) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -248,6 +298,18 @@ class TrainingRecipe:
     eval_every: int = _key(200, "steps between WER measurements on a part of dev")
     eval_utterances: int = _key(48, "size of that part of dev")
     checkpoint_every: int = _key(50, "steps between checkpoints")
+    phases: tuple[dict[str, Any], ...] = ()
+
+    def at(self, step: int) -> TrainingRecipe:
+        """These settings with those of the phase that a step (from 0) is in; after the last, as they are."""
+        for phase in self.phases:
+            if step < math.ceil(phase["until"] * self.steps):
+                return dataclasses.replace(self, **{k: v for k, v in phase.items() if k != "until"})
+        return self
+
+    def ever(self, key: str) -> float:
+        """The largest value that this setting has in any phase or after them."""
+        return max(float(values[key]) for values in (vars(self), *self.phases) if key in values)
 
 
 @dataclass(frozen=True)
@@ -276,7 +338,7 @@ class Key:
 
 
 def keys() -> Iterator[Key]:
-    """Every scalar key of the recipe, in order (the list `spec.rules` exists in the file only)."""
+    """Every scalar key of the recipe, in order; lists (`LISTS`) exist in the file only."""
     for section in dataclasses.fields(Recipe):
         for item, kind, optional in _fields(section.name):
             if not item.metadata:
@@ -327,7 +389,10 @@ def _checked(
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, list) or not all(isinstance(rule, Mapping) for rule in value):
             raise RecipeError(
-                "unreadable rules", where=place, expected="[[spec.rules]] tables", found=repr(value)
+                f"unreadable {item.name}",
+                where=place,
+                expected=f"[[{section}.{item.name}]] tables",
+                found=repr(value),
             )
         return tuple(dict(rule) for rule in value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
@@ -342,6 +407,58 @@ def _checked(
             remedy=nearest(str(value), list(choices)),
         )
     return value
+
+
+# What a phase of training may set.
+PHASE_KEYS = (
+    "learning_rate",
+    "scale_learning_rate",
+    "mask_learning_rate",
+    "embedding_learning_rate",
+    "kl",
+    "ce",
+    "states",
+    "layers",
+    "attention",
+    "temperature",
+)
+
+
+def _checked_phases(values: Sequence[Mapping[str, Any]], where: str) -> tuple[dict[str, Any], ...]:
+    """The phases with floats for numbers.
+
+    Raises:
+        RecipeError: an unknown key, a value out of range, or phases that are not in order.
+    """
+    fields = {item.name: (item, kind, optional) for item, kind, optional in _fields("training")}
+    out, last = [], 0.0
+    for number, values_here in enumerate(values):
+        place = f"{where}: training.phases[{number}]"
+        until = values_here.get("until")
+        if isinstance(until, bool) or not isinstance(until, int | float) or not last < until <= 1:
+            raise RecipeError(
+                "a phase without its end",
+                where=f"{place}.until",
+                expected=f"a share of the steps above {last:g} and at most 1",
+                found=repr(until),
+            )
+        last = float(until)
+        phase = {"until": last}
+        for key, value in values_here.items():
+            if key == "until":
+                continue
+            if key not in PHASE_KEYS:
+                raise RecipeError(
+                    "not a key of a phase", where=f"{place}.{key}", remedy=nearest(key, list(PHASE_KEYS))
+                )
+            phase[key] = _checked("training", *fields[key], value, place)
+            _check_range(f"training.{key}", phase[key], f"{place}.{key}")
+        if len(phase) == 1:
+            raise RecipeError(
+                "a phase that sets nothing", where=place, expected=f"some of {', '.join(PHASE_KEYS)}"
+            )
+        out.append(phase)
+    return tuple(out)
 
 
 # Numbers below these make no sense; above, for shares, neither.
@@ -360,6 +477,7 @@ _LOWEST = {
     "student.mask_every": 1,
     "spec.group": 0,
     "spec.embedding_bits": 0,
+    "spec.allocation_steps": 1,
     "training.kl": 0.0,
     "training.ce": 0.0,
     "training.states": 0.0,
@@ -380,10 +498,19 @@ _SHARES = {
     "data.swapped": 1.0,
     "data.speed": 0.5,
     "student.mask_freeze": 1.0,
+    "student.stochastic_share": 1.0,
     "training.warmup": 1.0,
     "training.average": 0.9999,
     "training.final_rate": 1.0,
 }
+
+
+def _check_range(key: str, value: Any, where: str) -> None:
+    low, high = 0.0 if key in _SHARES else _LOWEST.get(key), _SHARES.get(key)
+    too_low = low is not None and not value >= low
+    if too_low or (high is not None and value > high):
+        bound = f"at least {low:g}" if high is None else f"a share from 0 to {high:g}"
+        raise RecipeError("out of range", where=where, expected=bound, found=value)
 
 
 def build_recipe(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
@@ -417,19 +544,20 @@ def build_recipe(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
                     "unknown key", where=f"{where}: {section}.{key}", remedy=nearest(key, list(known))
                 )
             checked[key] = _checked(section, *known[key], value, where)
-            place = f"{section}.{key}"
-            low = 0.0 if place in _SHARES else _LOWEST.get(place)
-            high = _SHARES.get(place)
-            too_low = low is not None and not checked[key] >= low
-            if too_low or (high is not None and checked[key] > high):
-                bound = f"at least {low:g}" if high is None else f"a share from 0 to {high:g}"
-                raise RecipeError(
-                    "out of range", where=f"{where}: {place}", expected=bound, found=checked[key]
-                )
+            _check_range(f"{section}.{key}", checked[key], f"{where}: {section}.{key}")
+        if section == "training" and "phases" in checked:
+            checked["phases"] = _checked_phases(checked["phases"], where)
         built[section] = _section_class(section)(**checked)
     recipe = Recipe(**built)
     recipe.spec.build()
     recipe.spec.target_bytes(1, where=f"{where}: spec.target_size")
+    recipe.student.schedule(where=f"{where}: student")
+    if recipe.spec.allocation == "learned" and recipe.spec.target_size is None:
+        raise RecipeError(
+            "a learned allocation needs a budget",
+            where=f"{where}: spec.allocation",
+            expected="target_size as well, such as 9.4%",
+        )
     return recipe
 
 

@@ -1,8 +1,9 @@
-"""When rates and masks change during a run. Plain functions of the step."""
+"""When rates, masks and bits change during a run. Plain functions of the step."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 def rate(step: int, total: int, *, warmup: float, final: float) -> float:
@@ -47,3 +48,16 @@ def kept_of(step: int, moving: int, n: int, m: int) -> int:
     if step >= moving:
         return n
     return m - step * (m - n + 1) // moving
+
+
+def precision_of(step: int, moving: int, own: float, before: Sequence[int]) -> float:
+    """How many bits a weight has whose bits descend in steps, in equal parts, its own in the last.
+
+    Args:
+        step: steps already taken.
+        moving: steps in which bits descend; afterwards they are its own.
+        own: the weight's own bits.
+        before: the bits of the schedule, descending; those that are not more than its own are skipped.
+    """
+    stages = [*(bits for bits in before if bits > own), own]
+    return own if step >= moving else stages[step * len(stages) // moving]

@@ -5,16 +5,18 @@ SparseGPT (arXiv 2301.00774) jointly with GPTQ's rounding (arXiv 2210.17323), an
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from usmlite import kernels
 from usmlite import quantize as q
 from usmlite.moments import Moments
 from usmlite.sparsify import nm_mask
-from usmlite.spec import NM, LayerSpec
+from usmlite.spec import NM, Int, LayerSpec
 
 # What is added to a Hessian's diagonal, as a share of its mean, unless somebody knows better.
 DAMPING = 0.01
@@ -24,6 +26,8 @@ _BLOCK_COLUMNS = 128
 _BLOCK_ROWS = 4096
 # Inputs that calibration never saw still count a little: other speech may use them.
 _LEAST_IMPORTANCE = 1e-4
+# How much rows count at least, next to the mean: chosen among 0.01 to 1 (docs/decisions/0013).
+_LEAST_ROW = 0.3
 # How much of its rounding interval a kept master weight may use (the rest is room for float error).
 _HALF_STEP = 0.499
 # The least a kept master weight may be, in steps; and in floats, where there are no steps.
@@ -40,23 +44,25 @@ _SWEEPS = 3
 
 @dataclass(frozen=True)
 class Problem:
-    """One weight and the inputs that it is multiplied by, in the units in which it is pruned and rounded.
+    """One weight, the inputs that it is multiplied by, and what errors of its outputs cost.
 
     Attributes:
-        matrix: float32 `[rows, columns]`, the weight over its column scales.
-        hessian: float32 `[columns, columns]`, what an error of the matrix costs.
-        column_scale: float32 `[columns]`, or None.
+        matrix: float32 `[rows, columns]`, the weight.
+        hessian: float32 `[columns, columns]`, what an error of a row costs.
         damping: what `solve` shall add to the Hessian's diagonal, as a share of its mean.
+        rows: float32 `[rows]`, how much each row's error counts, 1 on average; None if all count alike.
+        is_table: whether rows are looked up as well.
     """
 
     matrix: Tensor
     hessian: Tensor
-    column_scale: Tensor | None
     damping: float
+    rows: Tensor | None = None
+    is_table: bool = False
 
     @classmethod
     def of(
-        cls, weight: Tensor, moments: Moments, *, biased: bool, column_scales: bool, damping: float
+        cls, weight: Tensor, moments: Moments, *, biased: bool, damping: float, rows: Tensor | None = None
     ) -> Problem:
         """Makes one.
 
@@ -64,24 +70,55 @@ class Problem:
             weight: float32 `[rows, columns]`.
             moments: of its inputs.
             biased: whether a bias takes up what goes wrong on the mean input.
-            column_scales: whether every column gets a scale.
             damping: the least damping.
+            rows: float32 `[rows]`, how much the loss feels each output (`fisher`), in any unit.
         """
         hessian = (moments.covariance if biased else moments.hessian).to(weight.device)
         if moments.is_table:
             # Its rows are looked up whole, also where an output projection shares them. Rounded for the
             # projection's inputs alone they are spoiled as inputs: Whisper then repeats words without end.
             damping = max(damping, _TABLE_DAMPING)
-        if not column_scales:
-            return cls(weight, hessian, None, damping)
-        scale = q.column_scales(weight)
-        return cls(weight / scale, hessian * scale * scale.unsqueeze(1), scale, damping)
+        if rows is not None and bool(rows.mean() > 0):
+            # What a few utterances show of it is uncertain: no row counts for nothing.
+            rows = (rows / rows.mean()).to(weight.device) + _LEAST_ROW
+            rows = rows / rows.mean()
+        else:
+            rows = None
+        return cls(weight, hessian, damping, rows, moments.is_table)
 
     @property
     def cost(self) -> Tensor:
         """The Hessian with the damping on its diagonal: of a table, the cost of both its uses."""
         mean = self.hessian.diagonal().mean()
         return self.hessian + self.damping * mean * torch.eye(len(self.hessian), device=mean.device)
+
+    def rate_scales(self, quant: Int, rate: float, octaves: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Scales of rows and of columns for a rate, as `quantize.rate_scales` gives them.
+
+        At a given rate the error is least if every step costs the same. What a step of a column costs when
+        all later columns make up for it is the square of the Cholesky factor's diagonal, not the
+        Hessian's: few bits are spent on columns which others can stand in for.
+
+        Args:
+            quant: symmetric codes, of more bits than the rate.
+            rate: bits a weight.
+            octaves: float32 `[rows]`, by how many doublings the steps of a table's rows are larger, or None.
+        """
+        rows = torch.ones(len(self.matrix), device=self.matrix.device)
+        if octaves is not None:
+            rows = torch.exp2(octaves.to(rows.device))
+        elif self.rows is not None:
+            rows = self.rows.rsqrt()
+        columns = q.column_scales(self.matrix, quant) if self.is_table else self._column_steps
+        return q.rate_scales(self.matrix, quant, rate, rows, columns)
+
+    @functools.cached_property
+    def _column_steps(self) -> Tensor:
+        """Steps of columns that all cost the same, float32 `[columns]`, in no particular unit."""
+        plan, _, _ = _plan(self.hessian, LayerSpec(), self.damping, covering=False)
+        steps = torch.empty_like(plan.factor[0])
+        steps[plan.order] = plan.factor.diagonal()
+        return steps
 
 
 def corrected_bias(layer: nn.Module) -> Tensor | None:
@@ -92,23 +129,27 @@ def corrected_bias(layer: nn.Module) -> Tensor | None:
     return None if getattr(layer, "groups", 1) > 1 else getattr(layer, "bias", None)
 
 
-def importance_of(hessian: Tensor) -> Tensor:
-    """Mean squares of the inputs, their mean 1, none negligible."""
-    squares = hessian.diagonal()
+def importance_of(squares: Tensor) -> Tensor:
+    """How much inputs count, by their mean squares, float32 `[columns]`: 1 on average, none negligible."""
     mean = squares.mean()
     if not mean > 0:
         return torch.ones_like(squares)
     return (squares / mean).clamp(min=_LEAST_IMPORTANCE)
 
 
-def relative_error(weight: Tensor, compressed: Tensor, hessian: Tensor) -> float:
-    """tr(E H E^T) / tr(W H W^T) with E = W - What; 0 if both are zero."""
+def relative_error(weight: Tensor, compressed: Tensor, hessian: Tensor, rows: Tensor | None = None) -> float:
+    """tr(R E H E^T) / tr(R W H W^T) with E = W - What; 0 if both are zero.
+
+    R is diagonal, how much each row counts (`rows`, float32 `[rows]`), or the identity.
+    """
     error = reference = 0.0
     for low in range(0, len(weight), _BLOCK_ROWS):
         block = weight[low : low + _BLOCK_ROWS]
         difference = block - compressed[low : low + _BLOCK_ROWS]
-        error += float(((difference @ hessian) * difference).sum())
-        reference += float(((block @ hessian) * block).sum())
+        counts = torch.ones(()) if rows is None else rows[low : low + _BLOCK_ROWS]
+        counts = counts.to(block.device)
+        error += float((((difference @ hessian) * difference).sum(dim=1) * counts).sum())
+        reference += float((((block @ hessian) * block).sum(dim=1) * counts).sum())
     return max(error, 0.0) / reference if reference > 0 else 0.0
 
 
@@ -117,8 +158,9 @@ class Solution:
     """A weight that `solve` pruned and rounded.
 
     Attributes:
-        master: float32 `[rows, columns]`, master weights that prune and round to `values`.
-        values: float32 `[rows, columns]`, the compressed weight.
+        master: float32 `[rows, columns]`, master weights that prune and round to `values`; over the column
+            scales.
+        values: float32 `[rows, columns]`, the compressed weight, over the column scales.
         mask: bool `[rows, columns]`, or None if dense.
         scale: float32 `[rows, groups]`, rounded as float16, or None if not quantized.
         zero: float32 `[rows, groups]` if asymmetric, else None.
@@ -144,6 +186,7 @@ def solve(
     importance: Tensor | None = None,
     covering: bool = False,
     scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
 ) -> Solution:
     """Prunes and rounds a weight so that its output on the given inputs changes little.
 
@@ -161,10 +204,12 @@ def solve(
         spec: what the weight becomes.
         damping: what is added to the Hessian's diagonal, as a share of its mean. If the Hessian
             cannot be inverted with it, ten times as much is, and so on.
-        importance: float32 `[columns]`, positive: the student's masks rank |master| * sqrt(importance).
+        importance: float32 `[columns]`, positive: the student's masks rank |master| * sqrt(importance),
+            with the master weights over the column scales.
         covering: whether the student derives its scales from its largest master weights (min-max);
             then no kept weight lies outside the codes, and each group has one at the end of its range.
         scale: float32 `[rows, 1]`, if it is not to be chosen here; for symmetric codes without groups.
+        column_scale: float32 `[columns]`, if every column has a scale as well.
 
     Returns:
         The solution. Its master weights are the compensated ones before rounding, moved so that they
@@ -172,11 +217,12 @@ def solve(
         chosen one.
     """
     rows, columns = weight.shape
-    weight = weight.float()
+    weight = weight.float() if column_scale is None else weight.float() / column_scale
     if importance is None:
         importance = torch.ones(columns, device=weight.device)
     given = scale
     plan, damping, notes = _plan(hessian, spec, damping, covering and given is None)
+    plan = plan.scaled(column_scale)
     master, values = torch.empty_like(weight), torch.empty_like(weight)
     mask = None if spec.sparsity is None else torch.empty_like(weight, dtype=torch.bool)
     zero = None
@@ -196,7 +242,7 @@ def solve(
 def drafts(
     weight: Tensor,
     hessian: Tensor,
-    specs: Iterable[tuple[LayerSpec, Tensor | None]],
+    specs: Iterable[tuple[LayerSpec, Tensor | None, Tensor | None]],
     *,
     damping: float = DAMPING,
 ) -> Iterator[Solution]:
@@ -208,21 +254,23 @@ def drafts(
     Args:
         weight: float32 `[rows, columns]`; some of the rows will do.
         hessian: as for `solve`.
-        specs: what the weight may become, each with its scales where they are given, as for `solve`.
+        specs: what the weight may become, each with its scales of rows and of columns where they are given,
+            as for `solve`.
         damping: as for `solve`.
 
     Yields:
         A solution for each spec, whose master weights are not fitted to its codes.
     """
     plans: dict[tuple[int, int], _Plan] = {}
-    for spec, scale in specs:
+    for spec, scale, column_scale in specs:
         walk = (1 if spec.sparsity is None else spec.sparsity.m, spec.group or 0)
         if walk not in plans:
             plans[walk] = _plan(hessian, spec, damping, covering=False)[0]
-        plan = replace(plans[walk], spec=spec)
-        found = _walk(weight.float(), plan, scale)
+        plan = replace(plans[walk], spec=spec).scaled(column_scale)
+        matrix = weight.float() if column_scale is None else weight.float() / column_scale
+        found = _walk(matrix, plan, scale)
         fit = scale is None
-        yield found if spec.quant is None else _polish(weight.float(), found, plan, sweeps=1, fit=fit)
+        yield found if spec.quant is None else _polish(matrix, found, plan, sweeps=1, fit=fit)
 
 
 @dataclass(frozen=True)
@@ -251,6 +299,18 @@ class _Plan:
     patterns: dict[int, int]
     groups: dict[int, tuple[int, int]]
     covering: bool
+
+    def scaled(self, column_scale: Tensor | None) -> _Plan:
+        """The same walk for the weight over these column scales; the order and the damping stay."""
+        if column_scale is None:
+            return self
+        both = column_scale * column_scale.unsqueeze(1)
+        return replace(
+            self,
+            factor=self.factor / column_scale[self.order],
+            hessian=self.hessian * both,
+            damped=self.damped * both,
+        )
 
 
 def _plan(hessian: Tensor, spec: LayerSpec, damping: float, covering: bool) -> tuple[_Plan, float, list[str]]:
@@ -409,7 +469,7 @@ def _polish(
             weighed = hessian @ values
             size = (values * weighed).sum(dim=0)
             ratio = torch.where(size > 0, 1.0 + (values * pull).sum(dim=0) / size, 1.0).clamp(0.5, 2.0)
-            fitted = q.round_scale(scale[:, 0] * ratio)
+            fitted = q.round_scale(scale[:, 0] * ratio, quant.scale_bits)
             ratio = fitted / scale[:, 0]
             pull -= weighed * (ratio - 1.0)
             values, scale = values * ratio, fitted.unsqueeze(1)
@@ -524,7 +584,7 @@ def _lowest_code(plan: _Plan) -> int:
 
 
 def _to_half(values: Tensor) -> Tensor:
-    return values.clamp(-q.MAX_SCALE, q.MAX_SCALE).half().float()
+    return values.clamp(-kernels.MAX_SCALE, kernels.MAX_SCALE).half().float()
 
 
 def _fit_kept(found: Solution, plan: _Plan) -> Tensor:
@@ -574,7 +634,7 @@ def _fit_range(
         values, step = master[:, first : first + size], scale[:, number : number + 1]
         present = torch.ones_like(values, dtype=torch.bool) if kept is None else kept[:, first : first + size]
         # The least scale stands for groups without any large weight.
-        movable = present.any(dim=1, keepdim=True) & (step > q.MIN_SCALE)
+        movable = present.any(dim=1, keepdim=True) & (step > kernels.MIN_SCALE)
         if zero is None:
             reach = quant.zero if quant.grid == "midrise" else quant.max_code - quant.zero
             at = values.abs().masked_fill(~present, -1.0).argmax(dim=1, keepdim=True)

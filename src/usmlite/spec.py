@@ -18,13 +18,13 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from usmlite.errors import SpecError
 
 MAX_M = 32
-SCALE_BYTES = 2  # float16
+SCALE_BITS = (16, 8)
 ZERO_POINT_BYTES = 1  # uint8
 FLOAT_BYTES = 2  # kept weights are stored as float16
 
@@ -32,6 +32,8 @@ Grid = Literal["integer", "midrise", "ternary"]
 GRIDS: tuple[Grid, ...] = ("integer", "midrise", "ternary")
 Kind = Literal["linear", "conv1d", "embedding", "positions"]
 KINDS: tuple[Kind, ...] = ("linear", "conv1d", "embedding", "positions")
+TABLES: tuple[Kind, ...] = ("embedding", "positions")
+"""Weights whose rows are looked up."""
 
 
 def _is_integer(value: object) -> bool:
@@ -51,11 +53,13 @@ class Int:
             scale. One bit is always midrise: its two levels are plus and minus half the scale.
             "ternary" has three of the four codes of 2 bits: -1, 0 and 1 times the scale. They take 2 bits
             each where codes have a fixed width; entropy coding brings them below log2(3) = 1.58.
+        scale_bits: of each stored scale: 16 for float16, or 8 for powers of two in eighths of an octave.
     """
 
     bits: int
     symmetric: bool = True
     grid: Grid = "integer"
+    scale_bits: int = 16
 
     def __post_init__(self) -> None:
         if not _is_integer(self.bits) or not 1 <= self.bits <= 8:
@@ -65,6 +69,10 @@ class Int:
                 expected="a whole number from 1 to 8",
                 found=repr(self.bits),
                 remedy="Use 8, 4 or 3 bits if you are not sure.",
+            )
+        if self.scale_bits not in SCALE_BITS:
+            raise SpecError(
+                "unsupported scales", where="scale_bits", expected="16 or 8", found=repr(self.scale_bits)
             )
         if self.grid not in GRIDS:
             raise SpecError("unknown grid", where="grid", expected=", ".join(GRIDS), found=repr(self.grid))
@@ -95,6 +103,12 @@ class Int:
     def zero(self) -> float:
         """The code that stands for zero on a symmetric grid (may lie between two codes)."""
         return float(1 << (self.bits - 1)) if self.grid == "integer" else self.max_code / 2
+
+    def with_bits(self, bits: int) -> Int:
+        """Codes of the same kind with another number of bits; a ternary grid becomes integer."""
+        if bits == self.bits:
+            return self
+        return Int(bits, symmetric=self.symmetric, grid="integer" if self.grid == "ternary" else self.grid)
 
     def __str__(self) -> str:
         if self.grid == "ternary":
@@ -190,8 +204,8 @@ class LayerSpec:
         column_scales: every column has a scale as well, which multiplies its weights on top of the
             row's. For tables in which some columns are far larger than others, as in token embeddings.
         rate: bits a weight that entropy coding shall spend on the codes. Steps are then chosen for that and
-            not for the number of codes, of which there only need to be enough, and rows that are seldom
-            used get larger ones. For what is not trained: training would change the rate.
+            not for the number of codes, of which there only need to be enough; rows and columns whose
+            errors matter less get larger ones. They are not trained: training would change the rate.
     """
 
     quant: Int | None = None
@@ -233,9 +247,10 @@ class LayerSpec:
                 "unusable rate", where="rate", expected="bits a weight, above 0 and at most 8",
                 found=repr(self.rate),
             )  # fmt: skip
-        if self.quant is None or not self.quant.symmetric or self.quant.bits < rate:
+        if self.quant is None or not self.quant.symmetric or self.quant.bits < rate or not self.column_scales:
             raise SpecError(
-                "a rate without codes for it", where="rate", expected="symmetric codes of no fewer bits",
+                "a rate without codes for it", where="rate",
+                expected="symmetric codes of no fewer bits, with column scales",
                 found="float16" if self.quant is None else str(self.quant),
             )  # fmt: skip
         if self.sparsity is not None or self.group is not None:
@@ -245,9 +260,26 @@ class LayerSpec:
             )  # fmt: skip
 
     @classmethod
-    def at_rate(cls, rate: float, *, column_scales: bool = False) -> LayerSpec:
+    def at_rate(cls, rate: float) -> LayerSpec:
         """So many bits a weight, and all the codes there are, so that the largest weights are not clipped."""
-        return cls(Int(8), column_scales=column_scales, rate=rate)
+        return cls(Int(8, scale_bits=8), column_scales=True, rate=rate)
+
+    @property
+    def precision(self) -> float | None:
+        """Bits a weight: the rate, or those of the codes; None without quantization."""
+        return self.rate if self.rate is not None or self.quant is None else float(self.quant.bits)
+
+    def with_precision(self, bits: int) -> LayerSpec:
+        """This spec with other codes or, if it has a rate, with another rate.
+
+        Raises:
+            SpecError: not quantized, or an unusable number of bits.
+        """
+        if self.quant is None:
+            raise SpecError("precision without quantization", where="bits", remedy="Set bits.")
+        if self.rate is not None:
+            return replace(self, rate=float(bits))
+        return replace(self, quant=self.quant.with_bits(bits))
 
     @property
     def is_kept(self) -> bool:
@@ -273,12 +305,12 @@ class LayerSpec:
             scales = rows * self.scale_groups(columns)
             parts = {
                 "codes": rows * math.ceil(stored * (self.rate or self.quant.bits) / 8),
-                "scale": scales * SCALE_BYTES,
+                "scale": scales * self.quant.scale_bits // 8,
             }
             if not self.quant.symmetric:
                 parts["zero"] = scales * ZERO_POINT_BYTES
             if self.column_scales:
-                parts["column_scale"] = columns * SCALE_BYTES
+                parts["column_scale"] = columns * self.quant.scale_bits // 8
         if self.sparsity is not None:
             code = self.sparsity.code
             words = math.ceil(math.ceil(columns / self.sparsity.m) / code.groups)
@@ -296,6 +328,8 @@ class LayerSpec:
             out["symmetric"] = False
         if self.quant is not None and self.quant.grid != "integer" and self.quant.bits > 1:
             out["grid"] = self.quant.grid
+        if self.quant is not None and self.quant.scale_bits != 16:
+            out["scale_bits"] = self.quant.scale_bits
         if self.sparsity is not None:
             out["sparsity"] = str(self.sparsity)
         if self.group is not None:
@@ -313,7 +347,7 @@ class LayerSpec:
         Raises:
             SpecError: an unknown key or an impossible value; it names `where`.
         """
-        known = {"bits", "symmetric", "grid", "sparsity", "group", "column_scales", "rate"}
+        known = {"bits", "symmetric", "grid", "scale_bits", "sparsity", "group", "column_scales", "rate"}
         unknown = sorted(set(values) - known)
         if unknown:
             raise SpecError(
@@ -324,7 +358,12 @@ class LayerSpec:
             quant = (
                 None
                 if bits in (None, "float")
-                else Int(bits, symmetric=values.get("symmetric", True), grid=values.get("grid", "integer"))
+                else Int(
+                    bits,
+                    symmetric=values.get("symmetric", True),
+                    grid=values.get("grid", "integer"),
+                    scale_bits=values.get("scale_bits", 16),
+                )
             )
             sparsity = values.get("sparsity")
             if sparsity is not None and not isinstance(sparsity, str):
@@ -349,7 +388,7 @@ class LayerSpec:
         if self.is_kept:
             return "float16"
         if self.rate is not None:
-            return f"{self.rate:g} bits coded" + (", column scales" if self.column_scales else "")
+            return f"{self.rate:g} bits coded"
         parts = ["float16" if self.quant is None else str(self.quant)]
         if self.sparsity is not None:
             parts.append(str(self.sparsity))
@@ -422,6 +461,7 @@ class CompressionSpec:
         grid: Grid = "integer",
         embedding_bits: float | None = None,
         coded: bool = True,
+        scale_bits: int = 16,
         first: Iterable[Rule] = (),
     ) -> CompressionSpec:
         """The usual case in one line.
@@ -442,25 +482,31 @@ class CompressionSpec:
                 whole number that spends no fewer bits on a weight than `bits` with `sparsity` do: 3 for
                 int4 with 2:4.
             coded: whether codes will be entropy-coded.
+            scale_bits: see `Int`.
             first: rules that come before these.
         """
         nm = NM.parse(sparsity) if isinstance(sparsity, str) else sparsity
-        quant = None if bits is None else Int(bits, symmetric=symmetric, grid=grid)
+        quant = None if bits is None else Int(bits, symmetric=symmetric, grid=grid, scale_bits=scale_bits)
         if embedding_bits is None and bits is not None:
             embedding_bits = bits if nm is None else math.ceil(nm.bits_per_weight(bits))
         embedding = KEEP
         if embedding_bits is not None:
             whole = math.ceil(embedding_bits)
             if coded and symmetric and group is None:
-                embedding = LayerSpec.at_rate(embedding_bits, column_scales=True)
+                embedding = LayerSpec.at_rate(embedding_bits)
             else:
                 grid = "integer" if grid == "ternary" and whole != 2 else grid
-                embedding = LayerSpec(Int(whole, symmetric=symmetric, grid=grid), None, group, True)
+                codes = Int(whole, symmetric=symmetric, grid=grid, scale_bits=scale_bits)
+                embedding = LayerSpec(codes, None, group, True)
         return cls(
             (
                 *first,
-                Rule("*", KEEP if bits is None else LayerSpec(Int(8)), "conv1d"),
-                Rule("*", KEEP if bits is None else LayerSpec(Int(8), column_scales=True), "positions"),
+                Rule("*", KEEP if bits is None else LayerSpec(Int(8, scale_bits=scale_bits)), "conv1d"),
+                Rule(
+                    "*",
+                    KEEP if bits is None else LayerSpec(Int(8, scale_bits=scale_bits), column_scales=True),
+                    "positions",
+                ),
                 Rule("*", embedding, "embedding"),
                 Rule("*", LayerSpec(quant, nm, group)),
             )

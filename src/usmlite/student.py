@@ -4,25 +4,27 @@
 whose forward pass uses the pruned, then quantized weight. Parameter names stay those of the teacher,
 so any loop (`finetune`, a user's own, the Transformers `Trainer`) trains it like any other model.
 
-Masks and their decay follow the optimizer's steps through `masks.attach`.
+Masks, their decay and bits follow the optimizer's steps through `movement.attach`.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from usmlite import kernels
 from usmlite import quantize as q
 from usmlite.errors import ModelError, SpecError
 from usmlite.patterns import LearnedPatterns
-from usmlite.schedule import temperature
+from usmlite.schedule import kept_of, precision_of, temperature
 from usmlite.sparsify import nm_mask
-from usmlite.spec import CompressionSpec, LayerSpec, matrix_shape
+from usmlite.spec import NM, TABLES, CompressionSpec, Int, LayerSpec, matrix_shape
 
 ScaleRule = Literal["min-max", "min-error", "learned", "rand"]
 MaskRule = Literal["fixed", "periodic", "sr-ste", "gradual", "gumbel"]
@@ -32,7 +34,7 @@ MASK_RULES: tuple[MaskRule, ...] = ("fixed", "periodic", "sr-ste", "gradual", "g
 
 @dataclass(frozen=True)
 class StudentOptions:
-    """How scales and masks behave while the student trains.
+    """How scales, masks and bits behave while the student trains.
 
     Attributes:
         scales: "min-max" follows the largest pruned weight in every forward pass; "min-error"
@@ -48,12 +50,22 @@ class StudentOptions:
             learned: drawn at random in every forward pass of training until they are frozen (`patterns`).
         mask_every: optimizer steps between mask updates.
         mask_decay: the decay of pruned weights, per unit of learning rate; 0 for none.
+        bits_schedule: bits that weights have before those of their specs, descending, in equal parts of the
+            steps in which masks move (`schedule.precision_of`); scales are searched anew at every change.
+            Where a spec has a rate, the rate descends. Tables of rows are left out: of most rows nothing is
+            learned that could make up for fewer bits.
+        stochastic_bits: bits of which one is drawn for a weight and a step, of those above its own; until
+            masks are frozen (stochastic precision, arXiv 2505.21245). Tables of rows are left out.
+        stochastic_share: how often, a share of the steps.
     """
 
     scales: ScaleRule = "learned"
     masks: MaskRule = "sr-ste"
     mask_every: int = 1
     mask_decay: float = 10.0
+    bits_schedule: tuple[int, ...] = ()
+    stochastic_bits: tuple[int, ...] = ()
+    stochastic_share: float = 0.5
 
     @property
     def covering(self) -> bool:
@@ -68,6 +80,14 @@ class StudentOptions:
             raise SpecError(
                 "unusable interval", where="mask_every", expected="at least 1", found=self.mask_every
             )
+        for name, bits in (("bits_schedule", self.bits_schedule), ("stochastic_bits", self.stochastic_bits)):
+            if any(not 1 <= each <= 8 for each in bits):
+                raise SpecError("unsupported number of bits", where=name, expected="1 to 8", found=bits)
+        if any(a <= b for a, b in pairwise(self.bits_schedule)):
+            raise SpecError(
+                "bits that do not descend", where="bits_schedule", expected="such as 8, 4, 3",
+                found=self.bits_schedule,
+            )  # fmt: skip
 
 
 def to_matrix(weight: Tensor) -> Tensor:
@@ -87,15 +107,15 @@ class WeightCompression(nn.Module):
 
     Attributes:
         spec: what the weight becomes.
+        present: what it is now: the spec, but for gradual masks and descending bits on their way there.
         shape: the weight's shape.
         mask: bool `[rows, columns]`, True where kept; None if dense.
         log_scale: float32 `[rows, groups]` parameter, the logarithm of learned scales; else None.
         scale: float32 `[rows, groups]` buffer of searched scales; else None.
         zero: float32 `[rows, groups]` buffer of integer zero points; None if symmetric.
-        sparsity: the N:M that masks are chosen with now, None for dense: the spec's, but for gradual
-            masks on their way there.
         progress: the share of the moving part of training that is over; None where that is over or has not
             begun, and nothing is drawn at random.
+        drawn_bits: bits that were drawn for this step; None for those of `present`.
         patterns: the logits of learned masks; else None.
         column_scale: float32 `[columns]` buffer, exact in float16, chosen at the start; None without
             column scales. Masks, scales and codes are those of the weight divided by it.
@@ -118,13 +138,14 @@ class WeightCompression(nn.Module):
         start: bool = True,
         octaves: Tensor | None = None,
     ) -> None:
-        """Takes the weight's spec; `octaves` as for `quantize.rate_scales`, of no use without a rate."""
+        """Takes the weight's spec; `octaves` as for `make_student`, of no use without a rate."""
         super().__init__()
         self.spec = spec
         self.options = options
         self.octaves = octaves
-        self.sparsity = spec.sparsity
+        self.present = spec
         self.progress: float | None = None
+        self.drawn_bits: int | None = None
         self.shape = weight.shape
         rows, columns = matrix_shape(weight.shape)
         device = weight.device
@@ -156,11 +177,19 @@ class WeightCompression(nn.Module):
     @torch.no_grad()
     def start(self, weight: Tensor) -> None:
         """Chooses mask and scales afresh for this weight."""
-        if self.column_scale is not None:
-            self.column_scale.copy_(q.column_scales(to_matrix(weight.detach()).float()))
+        matrix, quant = to_matrix(weight.detach()).float(), self.spec.quant
+        if self.spec.rate is not None and quant is not None:
+            rows = torch.ones(len(matrix), device=matrix.device)
+            if self.octaves is not None:
+                rows = torch.exp2(self.octaves.to(matrix.device))
+            columns = q.column_scales(matrix, quant)
+            self.set_scales(*q.rate_scales(matrix, quant, self.spec.rate, rows, columns))
+            return
+        if self.column_scale is not None and quant is not None:
+            self.column_scale.copy_(q.column_scales(matrix, quant))
         if self.mask is not None:
             self.set_mask(self._largest(weight))
-        self._search_scales(weight)
+        self.search_scales(weight)
 
     @torch.no_grad()
     def update_mask(self, weight: Tensor) -> int:
@@ -174,9 +203,20 @@ class WeightCompression(nn.Module):
 
     def _largest(self, weight: Tensor) -> Tensor:
         scores = self.matrix(weight.detach()).float().abs() * self.importance.sqrt()
-        if self.sparsity is None:
+        if self.present.sparsity is None:
             return torch.ones_like(scores, dtype=torch.bool)
-        return nm_mask(scores, self.sparsity)
+        return nm_mask(scores, self.present.sparsity)
+
+    def spec_at(self, step: int, moving: int) -> LayerSpec:
+        """What the weight is after so many optimizer steps, of which `moving` move masks and bits."""
+        spec, sparsity = self.spec, self.spec.sparsity
+        if sparsity is not None and self.options.masks == "gradual":
+            kept = kept_of(step, moving, sparsity.n, sparsity.m)
+            spec = replace(spec, sparsity=None if kept == sparsity.m else NM(kept, sparsity.m))
+        if spec.precision is not None and self.options.bits_schedule:
+            bits = precision_of(step, moving, spec.precision, self.options.bits_schedule)
+            spec = spec if bits == spec.precision else spec.with_precision(int(bits))
+        return spec
 
     @torch.no_grad()
     def set_mask(self, mask: Tensor) -> None:
@@ -196,12 +236,11 @@ class WeightCompression(nn.Module):
         return matrix if self.mask is None else torch.where(self.mask, matrix, torch.zeros_like(matrix))
 
     @torch.no_grad()
-    def _search_scales(self, weight: Tensor) -> None:
-        quant = self.spec.quant
-        rated = self.rate_scales(self._pruned(weight))
-        if rated is not None:
-            self.set_scales(rated, None)
+    def search_scales(self, weight: Tensor) -> None:
+        """Chooses the scales afresh for this weight and the present mask and bits; those of a rate stay."""
+        if self.spec.rate is not None:
             return
+        quant = self.present.quant
         if quant is None or self.options.covering:
             return
         uniform = bool((self.importance == self.importance[0]).all())
@@ -212,18 +251,15 @@ class WeightCompression(nn.Module):
             self.spec.group,
             importance=None if uniform else self.importance,
         )
-        self.set_scales(scale, zero)
-
-    def rate_scales(self, matrix: Tensor) -> Tensor | None:
-        """Scales `[rows, 1]` for the spec's rate, of a weight over its column scales; None without a rate."""
-        spec = self.spec
-        if spec.rate is None or spec.quant is None:
-            return None
-        return q.rate_scales(matrix, spec.quant, spec.rate, self.octaves)
+        self.set_scales(scale, zero=zero)
 
     @torch.no_grad()
-    def set_scales(self, scale: Tensor, zero: Tensor | None) -> None:
-        """Takes given scales `[rows, groups]` (and zero points) as the present ones."""
+    def set_scales(
+        self, scale: Tensor, column_scale: Tensor | None = None, *, zero: Tensor | None = None
+    ) -> None:
+        """Takes given scales `[rows, groups]` (and of columns, and zero points) as the present ones."""
+        if self.column_scale is not None and column_scale is not None:
+            self.column_scale.copy_(column_scale)
         if self.log_scale is not None:
             self.log_scale.copy_(scale.log())
         elif self.scale is not None:
@@ -236,17 +272,17 @@ class WeightCompression(nn.Module):
         """A mask update during training; min-error scales follow it. Returns the changed entries."""
         changed = self.update_mask(weight)
         if self.options.scales == "min-error":
-            self._search_scales(weight)
+            self.search_scales(weight)
         return changed
 
     def scales(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The scales and zero points in force, `[rows, groups]`, scales rounded as float16."""
-        quant = self.spec.quant
+        """The scales and zero points in force, `[rows, groups]`, scales rounded as stored."""
+        quant = self.present.quant
         assert quant is not None
         if self.log_scale is not None:
-            return q.round_scale(self.log_scale.detach().exp()), self.zero
+            return q.round_scale(self.log_scale.detach().exp(), quant.scale_bits), self.zero
         if self.scale is not None:
-            return self.scale, self.zero
+            return self._at_present_rate(self.scale, self.matrix(weight.detach())), self.zero
         return q.min_max(self._pruned(weight), quant, self.spec.group)
 
     def forward(self, weight: Tensor, rows: Tensor | None = None, *, settled: bool = False) -> Tensor:
@@ -260,55 +296,92 @@ class WeightCompression(nn.Module):
         Returns:
             A tensor of the weight's shape, in the autocast dtype if autocast is on.
         """
-        dtype = weight.dtype
-        if torch.is_autocast_enabled(weight.device.type):
-            dtype = torch.get_autocast_dtype(weight.device.type)
-
-        def select(values: Tensor | None) -> Tensor | None:
-            return values if values is None or rows is None else values[rows]
-
-        progress = self.progress if self.training and not settled else None
-        matrix, mask, quant, drawn = self.matrix(weight), select(self.mask), self.spec.quant, None
-        # Patterns that do not learn would be noise.
-        if self.patterns is not None and progress is not None and self.patterns.logits.requires_grad:
-            drawn = self.patterns.draw(temperature(progress), rows)
-            mask = drawn > 0
-        if quant is None:
+        random = self.progress is not None and self.training and not settled
+        drawn = self._drawn_mask(rows) if random else None
+        matrix, mask = self.matrix(weight), _select(self.mask, rows) if drawn is None else drawn > 0
+        dtype = _computing_dtype(weight)
+        if self.spec.quant is None:
             out = _round_to_half(matrix)
-            if mask is not None:
-                out = _mask_straight_through(out, mask) if drawn is None else out * drawn
-            out = out.to(dtype)
+            out = _prune(out, mask) if drawn is None else out * drawn
+            return from_matrix(out.to(dtype), weight.shape)
+        # Column scales multiply last, in float32, as a reader of the packed model does it.
+        inner = dtype if self.column_scale is None else torch.float32
+        # A drawn mask is a factor, so that it gets a gradient; weights that it prunes get none.
+        fixed = mask if drawn is None else None
+        quant, log_scale, scale, zero = self._quantizer(matrix, mask, rows, random=random)
+        # What does not train would be made no more robust by noise.
+        if random and self.options.scales == "rand" and scale is not None and weight.requires_grad:
+            out = _prune(q.add_noise(matrix, scale, self.spec.group).to(inner), fixed)
         else:
-            log_scale, scale, zero = select(self.log_scale), None, None
-            if self.log_scale is None and self.scale is None:
-                pruned = matrix.detach() if mask is None else matrix.detach().masked_fill(~mask, 0.0)
-                scale, zero = q.min_max(pruned, quant, self.spec.group)
-                if self.options.scales == "rand" and weight.requires_grad:
-                    pruned = matrix if mask is None else matrix.masked_fill(~mask, 0.0)
-                    scale = q.following(scale, pruned, quant, self.spec.group)
-            else:
-                scale, zero = select(self.scale), select(self.zero)
-            # Column scales multiply last, in float32, as a reader of the packed model does it.
-            inner = dtype if self.column_scale is None else torch.float32
-            # A drawn mask is a factor, so that it gets a gradient; weights that it prunes get none.
-            fixed = mask if drawn is None else None
-            # What does not train would be made no more robust by noise.
-            if self.options.scales == "rand" and progress is not None and weight.requires_grad:
-                assert scale is not None
-                out = q.add_noise(matrix, scale, self.spec.group).to(inner)
-                out = out if fixed is None else _mask_straight_through(out, fixed)
-            else:
-                out = _fake_quantize(matrix, log_scale, scale, fixed, zero, quant, self.spec.group, inner)
-            if drawn is not None:
-                out = out * drawn.to(inner)
-            if self.column_scale is not None:
-                out = (out * self.column_scale).to(dtype)
+            out = _fake_quantize(matrix, log_scale, scale, fixed, zero, quant, self.spec.group, inner)
+        if drawn is not None:
+            out = out * drawn.to(inner)
+        if self.column_scale is not None:
+            out = (out * self.column_scale).to(dtype)
         return from_matrix(out, weight.shape)
+
+    def _drawn_mask(self, rows: Tensor | None) -> Tensor | None:
+        """A mask drawn from learned patterns; None without any, or where they do not learn: noise then."""
+        if self.patterns is None or not self.patterns.logits.requires_grad:
+            return None
+        return self.patterns.draw(temperature(self.progress or 0.0), rows)
+
+    def _quantizer(
+        self, matrix: Tensor, mask: Tensor | None, rows: Tensor | None, *, random: bool
+    ) -> tuple[Int, Tensor | None, Tensor | None, Tensor | None]:
+        """The codes with the scales for them.
+
+        Args:
+            matrix: the weight over its column scales; with `rows`, those of its rows.
+            mask: bool, of the matrix's shape, or None.
+            rows: as for `forward`.
+            random: take the bits that were drawn for this step, if any were.
+
+        Returns:
+            The codes, learned log scales or else scales, and zero points, as `FakeQuantize` takes them.
+        """
+        quant = self.present.quant
+        drawn_bits = self.drawn_bits if random else None
+        assert quant is not None
+        if self.log_scale is None and self.scale is None:
+            if drawn_bits is not None:
+                quant = quant.with_bits(drawn_bits)
+            return quant, None, *self._covering_scales(matrix, mask, quant)
+        log_scale, scale, zero = (_select(value, rows) for value in (self.log_scale, self.scale, self.zero))
+        if self.spec.rate is not None:
+            return quant, None, self._at_present_rate(cast(Tensor, scale), matrix, drawn_bits), None
+        if drawn_bits is None:
+            return quant, log_scale, scale, zero
+        # Learned scales learn for the bits that they are for.
+        if log_scale is not None:
+            scale = q.round_scale(log_scale.detach().exp(), quant.scale_bits)
+        assert scale is not None
+        finer = quant.with_bits(drawn_bits)
+        return finer, None, *q.finer_scales(scale, zero, quant, finer)
+
+    def _at_present_rate(self, scale: Tensor, matrix: Tensor, drawn: float | None = None) -> Tensor:
+        """Scales of a rate, finer while a higher one is in force or was drawn; others as they are."""
+        spec, now = self.spec, self.present
+        if spec.rate is None or spec.quant is None or now.rate is None:
+            return scale
+        extra = (now.rate if drawn is None else drawn) - spec.rate
+        return q.finer_rate_scales(scale, matrix, spec.quant, extra) if extra > 0 else scale
+
+    def _covering_scales(
+        self, matrix: Tensor, mask: Tensor | None, quant: Int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scales that follow the largest weights, with a gradient to these if the rule is "rand"."""
+        group = self.spec.group
+        pruned = matrix if mask is None else matrix.masked_fill(~mask, 0.0)
+        scale, zero = q.min_max(pruned.detach(), quant, group)
+        if self.options.scales == "rand" and matrix.requires_grad:
+            scale = q.following(scale, pruned, quant, group)
+        return scale, zero
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """What is stored: codes uint8 `[rows, columns]`, scales float32 and zeros `[rows, groups]`."""
-        quant = self.spec.quant
+        quant = self.present.quant
         assert quant is not None
         scale, zero = self.scales(weight)
         return q.quantize(self._pruned(weight), scale, zero, quant, self.spec.group), scale, zero
@@ -321,14 +394,14 @@ class WeightCompression(nn.Module):
 class _RoundToHalf(torch.autograd.Function):
     @staticmethod
     def forward(ctx: object, matrix: Tensor) -> Tensor:
-        return matrix.clamp(-q.MAX_SCALE, q.MAX_SCALE).half().to(matrix.dtype)
+        return matrix.clamp(-kernels.MAX_SCALE, kernels.MAX_SCALE).half().to(matrix.dtype)
 
     @staticmethod
     def backward(ctx: object, *grads: Tensor) -> Tensor:
         return grads[0]
 
 
-class _MaskStraightThrough(torch.autograd.Function):
+class _Prune(torch.autograd.Function):
     @staticmethod
     def forward(ctx: object, matrix: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask, matrix, torch.zeros_like(matrix))
@@ -340,8 +413,24 @@ class _MaskStraightThrough(torch.autograd.Function):
 
 # torch leaves `apply` untyped.
 _round_to_half: Callable[..., Tensor] = _RoundToHalf.apply
-_mask_straight_through: Callable[..., Tensor] = _MaskStraightThrough.apply
+_prune_straight_through: Callable[..., Tensor] = _Prune.apply
 _fake_quantize: Callable[..., Tensor] = q.FakeQuantize.apply
+
+
+def _prune(matrix: Tensor, mask: Tensor | None) -> Tensor:
+    """The matrix with zeros where the mask is False; its gradient passes straight through."""
+    return matrix if mask is None else _prune_straight_through(matrix, mask)
+
+
+def _select(values: Tensor | None, rows: Tensor | None) -> Tensor | None:
+    """These rows of what is given by row; all without `rows`."""
+    return values if values is None or rows is None else values[rows]
+
+
+def _computing_dtype(weight: Tensor) -> torch.dtype:
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype
 
 
 class CompressedLinear(nn.Linear):
@@ -501,7 +590,11 @@ def make_student(
         layer = student.get_submodule(name)
         weight = cast(nn.Parameter, layer.weight)
         compression = WeightCompression(
-            weight.detach(), specs[name], options, start=start, octaves=(octaves or {}).get(f"{name}.weight")
+            weight.detach(),
+            specs[name],
+            replace(options, bits_schedule=(), stochastic_bits=()) if kind in TABLES else options,
+            start=start,
+            octaves=(octaves or {}).get(f"{name}.weight"),
         )
         tied[id(weight)] = compression
         student.set_submodule(name, _wrap(layer, kind, compression))
@@ -558,7 +651,7 @@ def round_kept(student: nn.Module) -> None:
     own = {id(p) for _, layer in compressed_layers(student) for p in layer.compression.parameters()}
     for parameter in student.parameters():
         if id(parameter) not in compressed and id(parameter) not in own:
-            parameter.copy_(parameter.clamp(-q.MAX_SCALE, q.MAX_SCALE).half())
+            parameter.copy_(parameter.clamp(-kernels.MAX_SCALE, kernels.MAX_SCALE).half())
 
 
 def layer_specs(student: nn.Module) -> dict[str, LayerSpec]:

@@ -25,11 +25,12 @@ from usmlite.student import (
 
 @st.composite
 def ints(draw: st.DrawFn) -> Int:
-    bits = draw(st.integers(1, 8))
+    bits, scale_bits = draw(st.integers(1, 8)), draw(st.sampled_from([16, 8]))
     kind = draw(st.sampled_from(["symmetric", "asymmetric", "midrise", "ternary"]))
     if kind == "ternary":
-        return Int(2, grid="ternary")
-    return Int(bits, symmetric=kind != "asymmetric", grid="midrise" if kind == "midrise" else "integer")
+        return Int(2, grid="ternary", scale_bits=scale_bits)
+    grid = "midrise" if kind == "midrise" else "integer"
+    return Int(bits, symmetric=kind != "asymmetric", grid=grid, scale_bits=scale_bits)
 
 
 @st.composite

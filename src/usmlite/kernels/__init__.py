@@ -16,6 +16,7 @@ from torch import Tensor
 from usmlite.kernels import native, reference
 from usmlite.kernels.native import Activations, NativeWeight, prepare, warn_if_missing
 from usmlite.kernels.reference import pattern_words, unpack_codes
+from usmlite.kernels.scales import MAX_SCALE, MIN_SCALE, MOST_SCALE_CODE, scale_codes, scale_of
 from usmlite.kernels.weights import (
     ExpandedWeight,
     PackedWeight,
@@ -93,6 +94,9 @@ def expand(weight: PackedWeight) -> ExpandedWeight:
 
 
 __all__ = [
+    "MAX_SCALE",
+    "MIN_SCALE",
+    "MOST_SCALE_CODE",
     "Activations",
     "ExpandedWeight",
     "NativeWeight",
@@ -109,6 +113,8 @@ __all__ = [
     "pattern_words",
     "prepare",
     "row_blocks",
+    "scale_codes",
+    "scale_of",
     "unpack",
     "unpack_codes",
     "warn_if_missing",

@@ -2,7 +2,16 @@
 
 def paths() -> list[str]: ...
 def thread_source() -> str: ...
-def rans_decode(data: tuple[int, int], bits: int, tables: int, out: tuple[int, int]) -> None: ...
+def rans_decode(
+    stream: tuple[int, int],
+    bits: int,
+    lowest: int,
+    row_levels: tuple[int, int],
+    column_levels: tuple[int, int],
+    tables: int,
+    frequencies: tuple[int, int],
+    out: tuple[int, int],
+) -> None: ...
 
 class Weight:
     def __init__(

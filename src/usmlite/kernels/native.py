@@ -81,14 +81,49 @@ def _binding() -> ModuleType:
     return _library
 
 
-def decode_codes(data: np.ndarray, bits: int, count: int, tables: int) -> np.ndarray:
-    """`entropy.decode`, with its arguments, result and errors."""
-    out = np.empty(count, np.uint8)
-    data = np.ascontiguousarray(data)
-    if data.dtype != np.uint8:
-        raise ValueError(f"coded bytes must be uint8, got {data.dtype}")
-    _binding().rans_decode((data.ctypes.data, data.nbytes), bits, tables, (out.ctypes.data, out.nbytes))
+def decode_stream(
+    stream: np.ndarray,
+    frequencies: np.ndarray,
+    bits: int,
+    levels: tuple[np.ndarray, np.ndarray],
+    lowest: int,
+) -> np.ndarray:
+    """The codes of an entropy-coded stream, see `entropy`.
+
+    Args:
+        stream: uint8 `[bytes]`, states and words.
+        frequencies: `[tables, 2^bits]`, 0 to 4096.
+        bits: 1 to 8.
+        levels: of rows and of columns, uint8 `[rows]` and `[columns]`.
+        lowest: the sum of levels of the first table, 0 to 255.
+
+    Returns:
+        uint8 `[rows, columns]`.
+
+    Raises:
+        ValueError: the bytes are not what encoding makes for so many codes.
+    """
+    # All of these are kept in names until the call is over.
+    stream, rows, columns = (_checked(array, np.uint8) for array in (stream, *levels))
+    if frequencies.ndim != 2 or frequencies.min(initial=0) < 0 or frequencies.max(initial=0) > 0xFFFF:
+        raise ValueError("impossible frequencies")
+    table = _checked(frequencies.astype(np.uint16), np.uint16)
+    out = np.empty((len(rows), len(columns)), np.uint8)
+    _binding().rans_decode(
+        _array(stream), bits, lowest, _array(rows), _array(columns), len(table), _array(table), _array(out)
+    )
     return out
+
+
+def _checked(array: np.ndarray, dtype: type[np.generic]) -> np.ndarray:
+    if array.dtype != dtype:
+        raise ValueError(f"expected {dtype.__name__}, got {array.dtype}")
+    return np.ascontiguousarray(array)
+
+
+def _array(array: np.ndarray) -> tuple[int, int]:
+    """Address and bytes of a contiguous array."""
+    return array.ctypes.data, array.nbytes
 
 
 Weight: TypeAlias = PackedWeight | ExpandedWeight

@@ -4,10 +4,10 @@ from torch import nn
 
 from small_whisper import small_teacher
 from usmlite.errors import ModelError, SpecError
-from usmlite.masks import attach, decay_pruned, update_masks
+from usmlite.movement import attach, decay_pruned, update_masks
 from usmlite.pack import pack_layer
 from usmlite.schedule import kept_of
-from usmlite.spec import NM, CompressionSpec, Int, LayerSpec
+from usmlite.spec import NM, CompressionSpec, Int, LayerSpec, Rule
 from usmlite.student import (
     StudentOptions,
     WeightCompression,
@@ -238,3 +238,103 @@ def test_learned_masks_that_do_not_train_are_not_drawn():
     compression.progress = 0.0
     compression.patterns.logits.requires_grad_(False)
     assert torch.equal(compression(weight), compression(weight, settled=True))
+
+
+def descending(teacher: nn.Module, bits: int | None = 2, **options: object) -> nn.Module:
+    kinds = small_teacher()[1].compressible(teacher)
+    rated = Rule("*.fc1", LayerSpec.at_rate(2.5))
+    spec = CompressionSpec.simple(bits, first=[rated], grid="ternary" if bits == 2 else "integer")
+    return make_student(teacher, kinds, spec, StudentOptions(**options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scales", ["learned", "min-error", "min-max"])
+def test_bits_descend_and_scales_are_searched_anew(teacher, scales):
+    student = descending(teacher, masks="fixed", bits_schedule=(8, 4), scales=scales)
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-3)
+    movement = attach(student, optimizer, moving=6)
+    two, rated = (student.get_submodule(f"model.decoder.layers.0.{name}") for name in ("fc2", "fc1"))
+    table = student.get_submodule("model.decoder.embed_tokens")
+    seen, errors, levels, momenta = [], [], [], []
+    for _ in range(8):
+        seen.append((two.compression.present.precision, rated.compression.present.precision))
+        assert table.compression.present == table.compression.spec
+        assert movement.at_target == (movement.steps >= 4)
+        errors.append([float((fake_quantized(x) - x.weight.detach()).square().mean()) for x in (two, rated)])
+        rows = to_matrix(fake_quantized(two))
+        levels.append(max(len(row.unique()) for row in rows))
+        momenta.append(len(optimizer.state.get(two.compression.log_scale, {})))
+        step(student, optimizer)
+    assert seen == [(8, 8)] * 2 + [(4, 4)] * 2 + [(2, 2.5)] * 4
+    for before, after in ((0, 2), (2, 4)):  # more error with fewer bits, by a factor that is no accident
+        assert all(3 * few < many for few, many in zip(errors[before], errors[after], strict=True))
+    assert levels[4] <= 3
+    assert levels[2] <= 16 < levels[0]
+    if scales == "learned":
+        assert [count > 0 for count in momenta] == [False, True, False, True, False, True, True, True]
+    for name, layer in compressed_layers(student):
+        pack_layer(name, layer)
+
+
+def test_a_student_with_more_bits_cannot_be_packed(teacher):
+    student = descending(teacher, bits_schedule=(8,))
+    attach(student, torch.optim.SGD(student.parameters(), lr=1e-3), moving=6)
+    with pytest.raises(ModelError, match="more bits than its spec"):
+        pack_layer("fc2", student.get_submodule("model.decoder.layers.0.fc2"))
+
+
+def test_descending_bits_must_know_their_end(teacher):
+    student = descending(teacher, bits_schedule=(8,))
+    with pytest.raises(SpecError, match="descending bits must know when they stop"):
+        attach(student, torch.optim.SGD(student.parameters(), lr=1e-3))
+
+
+def test_bits_are_drawn_for_weights_and_steps_until_all_is_frozen(teacher):
+    student = descending(teacher, masks="fixed", stochastic_bits=(4, 8), stochastic_share=0.5)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
+    movement = attach(student, optimizer, moving=20, seed=3)
+    layers = dict(compressed_layers(student))
+    drawn = []
+    for _ in range(22):
+        drawn.append({name: layer.compression.drawn_bits for name, layer in layers.items()})
+        for name, layer in layers.items():
+            if layer.weight.dim() != 2 or name.endswith(("embed_tokens", "embed_positions")):
+                assert layer.compression.drawn_bits is None  # int8, and tables
+            elif drawn[-1][name] is not None:
+                settled, out = fake_quantized(layer), layer.compression(layer.weight)
+                errors = [(x - layer.weight).square().mean().item() for x in (out, settled)]
+                assert errors[0] < 0.3 * errors[1]
+        optimizer.step()
+    assert drawn[20] == drawn[21] == dict.fromkeys(layers)
+    linear = [bits for now in drawn[:20] for name, bits in now.items() if "proj" in name or "fc" in name]
+    assert linear.count(None) / len(linear) == pytest.approx(0.5, abs=0.1)
+    assert linear.count(4) / len(linear) == pytest.approx(0.25, abs=0.1)
+    # A function of the seed and the step.
+    movement.at(7)
+    assert {name: layer.compression.drawn_bits for name, layer in layers.items()} == drawn[7]
+    student.eval()
+    name = next(name for name, bits in drawn[7].items() if bits is not None)
+    assert torch.equal(layers[name].compression(layers[name].weight), fake_quantized(layers[name]))
+
+
+@pytest.mark.parametrize("scales", ["learned", "min-max", "min-error", "rand"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_learned_scales_do_not_learn_from_other_bits(scales, symmetric):
+    torch.manual_seed(5)
+    weight = nn.Parameter(torch.randn(6, 24) + 0.5)
+    spec = LayerSpec(Int(2, symmetric=symmetric), NM(2, 4))
+    compression = WeightCompression(weight, spec, StudentOptions(scales=scales, stochastic_bits=(5,)))
+    compression.progress, compression.drawn_bits = 0.5, 5
+    out = compression(weight)
+    out.square().sum().backward()
+    assert torch.equal(out == 0, ~compression.mask) or scales != "rand"
+    assert weight.grad.abs().sum() > 0
+    if compression.log_scale is not None:
+        assert compression.log_scale.grad is None
+    error = (out - weight)[compression.mask].square().mean()
+    own = (fake_quantized_of(compression, weight) - weight)[compression.mask].square().mean()
+    assert error < 0.2 * own
+
+
+def fake_quantized_of(compression: WeightCompression, weight: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return compression(weight, settled=True)
