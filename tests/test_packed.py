@@ -24,6 +24,7 @@ from usmlite.packed import (
     PackedLinear,
     PackedPositions,
     StoredWeight,
+    arithmetic,
     load_packed,
 )
 from usmlite.packfile import WeightsFile
@@ -83,6 +84,35 @@ def test_weights_are_prepared_once_and_again_after_a_change(made: tuple[nn.Modul
     assert not torch.equal(logits(copied), expected)
     copied.load_state_dict(model.state_dict())
     assert torch.equal(logits(copied), expected)
+
+
+def test_reports_can_tell_what_a_model_computes_with(
+    made: tuple[nn.Module, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expanded, _ = load_packed(made[1], hold="float32")
+    assert arithmetic(expanded) == "torch, float32"
+    assert arithmetic(expanded.bfloat16()) == "torch, bfloat16"
+    model, _ = load_packed(made[1], hold="packed", activations="int8")
+    if native.paths():
+        weights = sum(isinstance(module, StoredWeight) for module in model.modules())
+        values = sum(isinstance(layer, PackedLinear) for layer in model.modules() if "values" in str(layer))
+        assert values > 0
+        assert arithmetic(model) == (
+            f"native ({native.paths()[0]}), int8 activations; "
+            f"{values} of {weights} weights by the reference (float16 values)"
+        )
+    monkeypatch.setenv(native.VARIABLE, "reference")
+    model, _ = load_packed(made[1], hold="packed")
+    assert arithmetic(model) == "reference, float32 activations"
+
+
+@pytest.mark.parametrize("hold", HOLDS)
+def test_the_rest_of_the_model_may_have_another_dtype(made: tuple[nn.Module, Path], hold: Hold) -> None:
+    model, _ = load_packed(made[1], hold=hold)
+    expected = logits(model)
+    found = logits(model.bfloat16())
+    assert found.dtype == torch.bfloat16
+    assert float((found.float() - expected).norm() / expected.norm()) < 0.03
 
 
 def test_dense_weights_are_those_of_the_student(made: tuple[nn.Module, Path]) -> None:

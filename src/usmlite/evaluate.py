@@ -70,7 +70,7 @@ class Evaluation:
         weights_bytes: size of the model's weights file.
         speakers: for each known speaker `wer` (None without words), `words`, `errors`, `utterances`.
         utterances: each utterance's score, in the given order.
-        machine: processor, cores, threads, GPU, operating system.
+        machine: processor, cores, threads, GPU, operating system, and the arithmetic if it was told.
         versions: of Python and the libraries that can change a result.
     """
 
@@ -173,6 +173,7 @@ def evaluate(
     name: str,
     weights_bytes: int,
     batch_size: int = 16,
+    arithmetic: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Transcribes utterances and scores the words.
@@ -187,6 +188,7 @@ def evaluate(
         name: the model's name in the result.
         weights_bytes: size of the model's weights file.
         batch_size: utterances handed to `transcribe` at a time.
+        arithmetic: what the model computes with (`packed.arithmetic`), for the result's `machine`.
         progress: called with (utterances done, utterances in all) after each batch.
 
     Returns:
@@ -236,7 +238,7 @@ def evaluate(
         weights_bytes=weights_bytes,
         speakers=_by_speaker(scores),
         utterances=tuple(scores),
-        machine={**describe_machine(), "memory": how},
+        machine={**describe_machine(), "memory": how, "arithmetic": arithmetic},
         versions=describe_versions(),
     )
 

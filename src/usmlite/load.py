@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from usmlite.checkpoint import load_student
 from usmlite.errors import ModelError
+from usmlite.kernels import Activations
 from usmlite.models import Teacher, load_teacher
 from usmlite.movement import take_up
 from usmlite.packed import Hold, fastest_hold, load_packed
@@ -23,7 +24,9 @@ SPEC_FILE = "spec.toml"
 """The rules that were chosen for a target size, as a recipe of their own."""
 
 
-def load(source: str | Path = DEFAULT, *, hold: Hold | None = None) -> Recognizer:
+def load(
+    source: str | Path = DEFAULT, *, hold: Hold | None = None, activations: Activations = "int8"
+) -> Recognizer:
     """Loads a model for transcription and evaluation.
 
     Args:
@@ -33,6 +36,8 @@ def load(source: str | Path = DEFAULT, *, hold: Hold | None = None) -> Recognize
         hold: how a packed model's weights are kept in memory: expanded to "float32", as "int8" codes, or
             "packed" as in the file (smallest). None chooses the fastest: "int8" with the native library,
             "float32" without.
+        activations: what the native library multiplies "int8" and "packed" weights by: rounded to "int8",
+            row by row, or as they are, in "float32", which is slower.
 
     Raises:
         ModelError: unknown or unsupported source.
@@ -57,7 +62,7 @@ def load(source: str | Path = DEFAULT, *, hold: Hold | None = None) -> Recognize
             )
         path = path / PACKED_FOLDER
     if is_packed(path):
-        model, adapter = load_packed(path, hold=hold or fastest_hold())
+        model, adapter = load_packed(path, hold=hold or fastest_hold(), activations=activations)
         size = (path / WEIGHTS_NAME).stat().st_size
         return Recognizer(model, adapter, name=str(source), kind="packed", weights_bytes=size)
     if (path / STUDENT_FILE).is_file():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
@@ -49,7 +50,12 @@ class StoredWeight(nn.Module):
         weight: packed or expanded.
         shape: the weight's own shape.
         activations: how the native library multiplies by it, see `kernels.NativeWeight`.
+
+    Attributes:
+        dtype: of the model around it, which rows that are looked up are given in.
     """
+
+    dtype = torch.float32
 
     def __init__(
         self,
@@ -96,6 +102,7 @@ class StoredWeight(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredWeight:
         # Codes are bytes and scales are exact in float16: only the device may change.
         self._prepared = None
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=next(self.buffers()).device)).dtype
         super()._apply(lambda buffer: buffer.to(fn(buffer).device), recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -172,8 +179,8 @@ class PackedEmbedding(nn.Module):
         self.weight = weight
 
     def forward(self, input: Tensor) -> Tensor:
-        """Token ids `[...]` to float32 `[..., dimension]`."""
-        return kernels.embedding(input, self.weight.operand)
+        """Token ids `[...]` to `[..., dimension]`."""
+        return kernels.embedding(input, self.weight.operand).to(self.weight.dtype)
 
 
 class PackedPositions(nn.Module):
@@ -187,11 +194,11 @@ class PackedPositions(nn.Module):
     def forward(
         self, input: Tensor, past_key_values_length: int = 0, position_ids: Tensor | None = None
     ) -> Tensor:
-        """Positions of token ids `[batch, tokens]`, float32 `[(batch,) tokens, dimension]`."""
+        """Positions of token ids `[batch, tokens]`, `[(batch,) tokens, dimension]`."""
         if position_ids is None:
             stop = min(past_key_values_length + input.shape[1], self.num_embeddings)
             position_ids = torch.arange(past_key_values_length, stop, device=input.device)
-        return kernels.embedding(position_ids, self.weight.operand)
+        return kernels.embedding(position_ids, self.weight.operand).to(self.weight.dtype)
 
 
 def load_packed(
@@ -242,6 +249,28 @@ def load_packed(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model, adapter
+
+
+def arithmetic(model: nn.Module) -> str:
+    """What a model computes its compressible layers with, for reports.
+
+    Such as "native (avx2), int8 activations"; of weights that the native library does not take, how many
+    there are and why; "torch, float32" for ordinary layers.
+    """
+    stored = [module for module in model.modules() if isinstance(module, StoredWeight)]
+    if not stored:
+        return f"torch, {str(next(model.parameters()).dtype)[6:]}"
+    operands = [weight.operand for weight in stored]
+    native = [operand for operand in operands if isinstance(operand, kernels.NativeWeight)]
+    if not native:
+        return f"{kernels.implementation()}, float32 activations"
+    text = f"{kernels.implementation()}, {native[0].activations} activations"
+    reasons = Counter(
+        kernels.obstacle(operand) for operand in operands if not isinstance(operand, kernels.NativeWeight)
+    )
+    for reason, count in reasons.items():
+        text += f"; {count} of {len(stored)} weights by the reference ({reason})"
+    return text
 
 
 def _refuse_saving(save_directory: object, *args: object, **kwargs: object) -> NoReturn:

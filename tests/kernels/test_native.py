@@ -19,7 +19,7 @@ from usmlite import kernels, packfile
 from usmlite import quantize as q
 from usmlite.kernels import ExpandedWeight, NativeWeight, PackedWeight, native, reference
 from usmlite.sparsify import nm_mask
-from usmlite.spec import NM, Int, LayerSpec
+from usmlite.spec import NM, Grid, Int, LayerSpec
 
 PATHS = native.paths()
 needs_native = pytest.mark.skipif(not PATHS, reason="installed without the native library")
@@ -27,6 +27,7 @@ needs_native = pytest.mark.skipif(not PATHS, reason="installed without the nativ
 SPECS = [
     LayerSpec(Int(8)),
     LayerSpec(Int(8), column_scales=True),
+    LayerSpec(Int(8, scale_bits=8), column_scales=True),
     LayerSpec(Int(8), NM(1, 3), 5),
     LayerSpec(Int(7, symmetric=False), None, 16),
     LayerSpec(Int(7, grid="midrise")),
@@ -35,6 +36,7 @@ SPECS = [
     LayerSpec(Int(4)),
     LayerSpec(Int(4), NM(2, 4)),
     LayerSpec(Int(4), NM(2, 4), 8, column_scales=True),
+    LayerSpec(Int(4, scale_bits=8), NM(2, 4), column_scales=True),
     LayerSpec(Int(4, grid="midrise"), NM(2, 4)),
     LayerSpec(Int(4), NM(8, 16)),
     LayerSpec(Int(4), NM(11, 29)),
@@ -42,6 +44,8 @@ SPECS = [
     LayerSpec(Int(3, symmetric=False), NM(1, 4), 12),
     LayerSpec(Int(2, grid="midrise"), NM(4, 8), 32),
     LayerSpec(Int(2, grid="ternary"), NM(2, 4), 16),
+    LayerSpec(Int(2, grid="midrise", scale_bits=8), None, 24),
+    LayerSpec(Int(5, symmetric=False, scale_bits=8), NM(1, 4), 20, column_scales=True),
     LayerSpec(Int(1)),
     LayerSpec(Int(1), NM(1, 2)),
 ]
@@ -57,10 +61,13 @@ def packed(rows: int, columns: int, spec: LayerSpec, seed: int = 0) -> PackedWei
         parts = packfile.pack_rows(spec, weight.half(), mask=mask)
     else:
         scale, zero = q.min_max(weight, spec.quant, spec.group)
+        if spec.quant.scale_bits == 8:
+            scale = kernels.scale_of(kernels.scale_codes(scale)).float()
         codes = q.quantize(weight, scale, zero, spec.quant, spec.group)
         parts = packfile.pack_rows(spec, codes, mask=mask, scale=scale, zero=zero)
         if spec.column_scales:
-            parts["column_scale"] = torch.linspace(0.25, 3.0, columns).half()
+            columns_scale = kernels.scale_of(kernels.scale_codes(torch.linspace(0.25, 3.0, columns))).float()
+            parts["column_scale"] = packfile.stored_scales(columns_scale, spec.quant)
     return packfile.packed_weight(spec, (rows, columns), parts, where="test")
 
 
@@ -119,16 +126,18 @@ def test_linear_agrees_with_the_reference(spec: LayerSpec) -> None:
     kind=st.sampled_from(["symmetric", "asymmetric", "midrise"]),
     group=st.none() | st.integers(1, 300),
     nm=st.none() | st.integers(2, 32).flatmap(lambda m: st.tuples(st.integers(1, m - 1), st.just(m))),
+    scales=st.tuples(st.sampled_from([8, 16]), st.booleans()),
     seed=st.integers(0, 2**31),
 )
 @needs_native
 def test_linear_agrees_for_any_format(
     rows: int, columns: int, count: int, bits: int, kind: str, group: int | None, nm: tuple[int, int] | None,
-    seed: int,
+    scales: tuple[int, bool], seed: int,
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
-    quant = Int(bits, symmetric=kind != "asymmetric", grid="midrise" if kind == "midrise" else "integer")
-    spec = LayerSpec(quant, None if nm is None else NM(*nm), group)
+    grid: Grid = "midrise" if kind == "midrise" else "integer"
+    quant = Int(bits, symmetric=kind != "asymmetric", grid=grid, scale_bits=scales[0])
+    spec = LayerSpec(quant, None if nm is None else NM(*nm), group, scales[1])
     weight = packed(rows, columns, spec, seed)
     if native.prepare(weight) is None:
         assert bits == 8
@@ -320,13 +329,15 @@ def test_impossible_patterns_stay_within_memory() -> None:
 
 
 def test_what_the_library_does_not_take_runs_through_the_reference() -> None:
-    for spec in (
-        LayerSpec(None, NM(2, 4)),
-        LayerSpec(Int(8, symmetric=False)),
-        LayerSpec(Int(8, grid="midrise")),
+    for spec, reason in (
+        (LayerSpec(None, NM(2, 4)), "float16 values"),
+        (LayerSpec(Int(8, symmetric=False)), "levels of more than a byte"),
+        (LayerSpec(Int(8, grid="midrise")), "levels of more than a byte"),
     ):
         weight = packed(9, 20, spec)
         assert native.prepare(weight) is None
+        assert kernels.obstacle(weight) == reason
+        assert kernels.obstacle(reference.expand(weight)) == reason
         assert torch.equal(kernels.unpack(weight), reference.unpack(weight))
         assert torch.equal(kernels.expand(weight).levels, reference.expand(weight).levels)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from usmlite.kernels import native, reference
-from usmlite.kernels.native import Activations, NativeWeight, prepare, warn_if_missing
+from usmlite.kernels.native import Activations, NativeWeight, obstacle, prepare, warn_if_missing
 from usmlite.kernels.reference import pattern_words, unpack_codes
 from usmlite.kernels.scales import MAX_SCALE, MIN_SCALE, MOST_SCALE_CODE, scale_codes, scale_of
 from usmlite.kernels.weights import (
@@ -108,6 +108,7 @@ __all__ = [
     "expand",
     "implementation",
     "linear",
+    "obstacle",
     "pattern_columns",
     "pattern_ranks",
     "pattern_words",

@@ -164,8 +164,8 @@ def prepare(
 ) -> NativeWeight | None:
     """The weight as the native library wants it; None where the reference has to do.
 
-    That is so without the library, on a GPU, for float16 values, and for 8-bit codes whose distances from
-    zero take more than a byte (asymmetric ones, or zero between two codes).
+    `obstacle` says why. That is so without the library, on a GPU, for float16 values, and for 8-bit codes
+    whose distances from zero take more than a byte (asymmetric ones, or zero between two codes).
 
     Args:
         weight: packed, or expanded; its tensors must not be changed afterwards.
@@ -176,7 +176,7 @@ def prepare(
         ValueError: there is no such path, or the tensors do not fit together.
     """
     path = path or chosen()
-    if path is None or not _supported(weight):
+    if path is None or obstacle(weight) is not None:
         return None
     if path not in paths():
         raise ValueError(f"no path {path!r} here, only {', '.join(paths())}")
@@ -215,26 +215,30 @@ def prepare(
     return NativeWeight(weight, activations, handle, paths().index(path))
 
 
-def _supported(weight: Weight) -> bool:
+def obstacle(weight: Weight) -> str | None:
+    """Why the library, where it is there, cannot compute with a weight; None if it can."""
     if isinstance(weight, ExpandedWeight):
         tensors = [weight.levels, weight.step, weight.column_scale]
-        fits = weight.levels.dtype == torch.int8 and weight.step is not None
+        if weight.step is None:
+            return "float16 values"
+        fits = weight.levels.dtype == torch.int8
     else:
         tensors = [weight.codes, weight.scale, weight.zero, weight.pattern, weight.column_scale]
-        fits = weight.bits is not None and weight.codes.dtype == torch.uint8
-        if weight.bits is not None and weight.zero is not None:
-            fits = fits and weight.bits < 8
-        elif weight.bits is not None:
+        if weight.bits is None:
+            return "float16 values"
+        if weight.zero is not None:
+            fits = weight.bits < 8
+        else:
             factor = 1 if weight.offset == int(weight.offset) else 2
             highest = (1 << weight.bits) - 1
-            fits = fits and all(int((code - weight.offset) * factor) in _BYTE for code in (0, highest))
-    return (
-        fits
-        and weight.columns > 0
-        and all(
-            tensor is None or (tensor.device.type == "cpu" and tensor.is_contiguous()) for tensor in tensors
-        )
-    )
+            fits = all(int((code - weight.offset) * factor) in _BYTE for code in (0, highest))
+    if not fits:
+        return "levels of more than a byte"
+    if any(tensor is not None and tensor.device.type != "cpu" for tensor in tensors):
+        return "not on the CPU"
+    if any(tensor is not None and not tensor.is_contiguous() for tensor in tensors):
+        return "not contiguous in memory"
+    return None if weight.columns > 0 else "no columns"
 
 
 def _memory(tensor: Tensor, dtype: torch.dtype) -> tuple[int, int]:
