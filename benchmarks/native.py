@@ -2,31 +2,37 @@
 
     python benchmarks/native.py                                   layers, and the load of the shipped model
     python benchmarks/native.py --data LIBRISPEECH/test --utterances 12
-    python benchmarks/native.py --json results/native.json
+    python benchmarks/native.py --data LIBRISPEECH/test --save    results/native.json, docs/performance.md
 
-Every figure is a ratio to the first column of its table, measured by turns: the best of several rounds. Times
-depend on the machine and on what else it does.
+Everything is measured by turns, the best of several rounds. The clock is the processor time of this process
+on one thread, which other work on the machine changes least; `--wall` takes the clock on the wall
+instead, which is what counts for more threads, on a machine that does nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from usmlite import entropy, kernels, packfile
-from usmlite.atomic import write_json
+from usmlite.atomic import write_bytes, write_json
 from usmlite.audio import load_audio
+from usmlite.entropy import Contexts
 from usmlite.evaluate import describe_machine, describe_versions
 from usmlite.kernels import ExpandedWeight, native
 from usmlite.load import load
+from usmlite.memory import PeakMemory
 from usmlite.shipped import DEFAULT
 from usmlite.spec import NM
 
@@ -42,23 +48,30 @@ SHAPES = (
     (1, 384, 51864),
 )
 ROUNDS = 7
+HOLDS = ("float32", "int8", "packed")
+ROOT = Path(__file__).resolve().parent.parent
+RESULT, PAGE = ROOT / "results" / "native.json", ROOT / "docs" / "performance.md"
+START, END = "<!-- native -->", "<!-- /native -->"
 
 
-def measure(work: Mapping[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
+Clock = Callable[[], float]
+
+
+def measure(work: Mapping[str, Callable[[], object]], clock: Clock, rounds: int = ROUNDS) -> dict[str, float]:
     """The best seconds of each of several things, done by turns."""
     repeat = {}
     for name, run in work.items():
         run()
-        start = time.perf_counter()
+        start = clock()
         run()
-        repeat[name] = max(1, int(0.02 / (time.perf_counter() - start)))
+        repeat[name] = max(1, int(0.02 / max(clock() - start, 1e-6)))
     best = dict.fromkeys(work, float("inf"))
     for _ in range(rounds):
         for name, run in work.items():
-            start = time.perf_counter()
+            start = clock()
             for _ in range(repeat[name]):
                 run()
-            best[name] = min(best[name], (time.perf_counter() - start) / repeat[name])
+            best[name] = min(best[name], (clock() - start) / repeat[name])
     return best
 
 
@@ -79,7 +92,7 @@ def packed_int4(weight: ExpandedWeight, *, pruned: bool) -> kernels.PackedWeight
     return kernels.PackedWeight(columns, 4, 8.0, None, layout, packed, weight.step.half(), None, pattern)
 
 
-def layers() -> list[dict[str, Any]]:
+def layers(clock: Clock) -> list[dict[str, Any]]:
     """Seconds of linear layers in torch and here."""
     rows = []
     for count, inputs, outputs in SHAPES:
@@ -97,7 +110,7 @@ def layers() -> list[dict[str, Any]]:
             prepared = native.prepare(form, activations)  # type: ignore[arg-type]
             assert prepared is not None
             work[name] = _native(prepared, x, bias)
-        seconds = measure({name: run for name, run in work.items() if run is not None})
+        seconds = measure({name: run for name, run in work.items() if run is not None}, clock)
         rows.append({"shape": [count, inputs, outputs], "seconds": seconds})
     return rows
 
@@ -120,45 +133,77 @@ def _torch_int8(weight: ExpandedWeight, x: Tensor, bias: Tensor) -> Callable[[],
     return lambda: torch.ops.quantized.linear_dynamic(x, packed)
 
 
-def decoding() -> dict[str, float]:
-    """Seconds for 4 million entropy-coded codes."""
+def decoding(clock: Clock) -> dict[str, float]:
+    """Seconds for 4 million entropy-coded codes of 8 bits in 13 tables, like the shipped model's."""
     rng = np.random.default_rng(0)
-    codes = np.clip(np.round(rng.normal(128, 3, 4_000_000)), 0, 255).astype(np.uint8)
-    coded = entropy.encode(codes, 8, 64)
-    return measure(
-        {
-            "NumPy": lambda: entropy.reference_decode(coded, 8, codes.size, 64),
-            "native": lambda: native.decode_codes(coded, 8, codes.size, 64),
-        },
-        rounds=3,
-    )
+    shape = (8000, 500)
+    levels = rng.integers(0, 7, shape[0]).astype(np.uint8), rng.integers(0, 7, shape[1]).astype(np.uint8)
+    widths = 3 * np.exp2((levels[0][:, None] + levels[1]) / 4)
+    codes = np.clip(np.round(rng.normal(128, widths)), 0, 255).astype(np.uint8)
+    coded = entropy.encode(codes, 8, Contexts(*levels, 0, 13))
+
+    def decode(kernels: str) -> None:
+        with mock.patch.dict(os.environ, {native.VARIABLE: kernels}):
+            entropy.decode(coded, 8, shape, 13)
+
+    best = native.paths()[0]
+    return measure({"NumPy": lambda: decode("reference"), "native": lambda: decode(best)}, clock, rounds=3)
 
 
-def loading(model: str) -> dict[str, float]:
+def loading(model: str, clock: Clock) -> dict[str, float]:
     """Seconds to load a packed model, by how it is held."""
-    return measure({hold: lambda hold=hold: load(model, hold=hold) for hold in ("float32", "int8", "packed")})  # type: ignore[misc]
+    return measure({hold: lambda hold=hold: load(model, hold=hold) for hold in HOLDS}, clock)  # type: ignore[misc]
 
 
-def transcriptions(model: str, audios: Sequence[np.ndarray], batch: int) -> dict[str, Any]:
+def memory(model: str) -> dict[str, int]:
+    """Bytes that loading a model and transcribing 30 seconds adds to a process, by how it is held."""
+    found = {}
+    for hold in HOLDS:
+        command = [sys.executable, __file__, "--model", model, "--memory-of", hold]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[hold] = int(done.stdout)
+    return found
+
+
+def memory_of(model: str, hold: str) -> int:
+    """The same for one of them, in this process."""
+    noise = np.random.default_rng(0).normal(0, 0.01, 30 * 16_000).astype(np.float32)
+    before = PeakMemory().read()[0]
+    peak = PeakMemory()
+    load(model, hold=hold).transcribe_batch([noise])  # type: ignore[arg-type]
+    return peak.read()[0] - before
+
+
+def transcriptions(model: str, audios: Sequence[np.ndarray], batch: int, clock: Clock) -> dict[str, Any]:
     """Seconds to transcribe, one model expanded and the others not, and how many texts differ."""
-    holds = ("float32", "int8", "packed")
-    models = {hold: load(model, hold=hold) for hold in holds}  # type: ignore[arg-type]
-    texts: dict[str, list[str]] = {}
-    seconds = dict.fromkeys(holds, 0.0)
+    ways = [("float32", "int8"), ("int8", "int8"), ("packed", "int8"), ("int8", "float32")]
+    models = {
+        f"{hold}, {activations} activations" if hold != "float32" else "torch float32": load(
+            model,
+            hold=hold,
+            activations=activations,  # type: ignore[arg-type]
+        )
+        for hold, activations in ways
+    }
+    texts: dict[str, list[str]] = {name: [] for name in models}
+    seconds = dict.fromkeys(models, 0.0)
     for low in range(0, len(audios), batch):
-        for hold, recognizer in models.items():
-            part = audios[low : low + batch]
+        part = audios[low : low + batch]
+        for name, recognizer in models.items():
             if not low:
                 recognizer.transcribe_batch(part)  # what only the first call does
-            start = time.perf_counter()
-            texts.setdefault(hold, []).extend(recognizer.transcribe_batch(part))
-            seconds[hold] += time.perf_counter() - start
+            start = clock()
+            texts[name] += recognizer.transcribe_batch(part)
+            seconds[name] += clock() - start
+    first = texts["torch float32"]
     different = {
-        hold: sum(a != b for a, b in zip(found, texts["float32"], strict=True))
-        for hold, found in texts.items()
+        name: sum(a != b for a, b in zip(found, first, strict=True)) for name, found in texts.items()
     }
     audio = sum(len(samples) for samples in audios) / 16_000
-    return {"batch": batch, "audio_seconds": audio, "seconds": seconds, "different_texts": different}
+    return {
+        "batch": batch, "utterances": len(audios), "audio_seconds": audio, "seconds": seconds,
+        "different_texts": different,
+    }  # fmt: skip
 
 
 def table(title: str, rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
@@ -175,6 +220,32 @@ def table(title: str, rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
     return "\n".join(lines)
 
 
+def page(result: Mapping[str, Any]) -> str:
+    """The tables of docs/performance.md."""
+    machine, versions = result["machine"], result["versions"]
+    parts = [
+        f"{machine['cpu']}, {result['threads']} thread{'s' if result['threads'] > 1 else ''}, "
+        f"{machine['kernels']}, torch {versions['torch']}; {result['clock']}. "
+        "The first column of times is in milliseconds, the others say how many times as fast as it they are."
+    ]
+    shown = [(" x ".join(map(str, row["shape"])), row["seconds"]) for row in result.get("layers", ())]
+    if shown:
+        parts.append(table("rows x inputs x outputs", shown))
+    rows = [("rANS, 4 million codes", result["decoding"])] if "decoding" in result else []
+    if rows:
+        parts.append(table("", rows))
+    parts.append(table("", [(f"load `{result['model']}`", result["loading"])]))
+    if "transcriptions" in result:
+        found = result["transcriptions"]
+        shown = [(f"{r['utterances']} utterances, {r['batch']} at a time", r["seconds"]) for r in found]
+        parts.append(table("", shown))
+        names = [f"{count} with {name}" for name, count in found[0]["different_texts"].items() if count]
+        parts.append(f"Texts that differ from torch's, one at a time: {', '.join(names) or 'none'}.")
+    held = ", ".join(f"{1e-6 * size:.0f} MB held as {hold}" for hold, size in result["memory"].items())
+    parts.append(f"Loading and transcribing 30 seconds adds to the process's peak memory: {held}.")
+    return "\n\n".join(parts)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and prints."""
     parser = argparse.ArgumentParser(
@@ -185,38 +256,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--data", type=Path, help="a LibriSpeech split, or any folder of audio, to transcribe"
     )
     parser.add_argument("--utterances", type=int, default=12, help="how many of its files (default: 12)")
-    parser.add_argument("--threads", type=int, help="torch's threads")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: 1)")
+    parser.add_argument("--wall", action="store_true", help="clock on the wall, not processor time")
     parser.add_argument("--no-layers", action="store_true", help="skip single layers")
-    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--save", action="store_true", help=f"write {RESULT.name} and its tables")
+    parser.add_argument("--memory-of", choices=HOLDS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    if options.memory_of:
+        print(memory_of(options.model, options.memory_of))
+        return 0
     if native.chosen() is None:
         print("the native library is not there, or was not chosen", file=sys.stderr)
         return 1
-    result: dict[str, Any] = {"machine": describe_machine(), "versions": describe_versions()}
-    print(
-        f"{kernels.implementation()}, {torch.get_num_threads()} threads; times as often as the first column\n"
-    )
+    torch.set_num_threads(options.threads)
+    clock = time.perf_counter if options.wall else time.process_time
+    result: dict[str, Any] = {
+        "model": options.model,
+        "threads": options.threads,
+        "clock": "wall clock" if options.wall else "processor time",
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+    }
     if not options.no_layers:
-        result["layers"] = layers()
-        shown = [(" x ".join(map(str, row["shape"])), row["seconds"]) for row in result["layers"]]
-        print(table("rows x inputs x outputs", shown), end="\n\n")
-        result["decoding"] = decoding()
-        print(table("", [("rANS, 4 million codes", result["decoding"])]), end="\n\n")
-    result["loading"] = loading(options.model)
-    print(table("", [(f"load {options.model}", result["loading"])]), end="\n\n")
+        result |= {"layers": layers(clock), "decoding": decoding(clock)}
+    result |= {"loading": loading(options.model, clock), "memory": memory(options.model)}
     if options.data is not None:
         files = sorted(p for p in options.data.rglob("*") if p.suffix in (".flac", ".wav"))
         audios = [load_audio(path)[: 30 * 16_000] for path in files[: options.utterances]]
-        result["transcriptions"] = [transcriptions(options.model, audios, batch) for batch in (1, 8)]
-        shown = [
-            (f"{len(audios)} utterances by {r['batch']}", r["seconds"]) for r in result["transcriptions"]
-        ]
-        print(table("", shown))
-        print(f"different texts: {result['transcriptions'][0]['different_texts']}")
-    if options.json is not None:
-        write_json(options.json, result)
+        result["transcriptions"] = [transcriptions(options.model, audios, n, clock) for n in (1, 8)]
+    print(page(result))
+    if options.save:
+        write_json(RESULT, result)
+        before, rest = PAGE.read_text(encoding="utf-8").split(START)
+        text = f"{before}{START}\n{page(result)}\n{END}{rest.split(END)[1]}"
+        write_bytes(PAGE, text.encode())
     return 0
 
 
