@@ -7,6 +7,8 @@
 #   make limits                     what this machine can compute and read at most; needs CMake
 #   make sanitize                   the native library under AddressSanitizer and UBSan; needs CMake.
 #                                   SANITIZED=600 for ten minutes instead of one
+#   make fuzz                       damaged models, and all that the native library is called with, for ten
+#                                   minutes each; needs CMake. FUZZED=60 for a minute
 #   make test PYTHON=python3.12     with another Python (3.10 to 3.13)
 #   make test VENV=/tmp/env         in another virtual environment
 #   make test PIP_FLAGS="..."       with extra flags for pip (an index of CPU builds, a cache, ...)
@@ -17,6 +19,7 @@ PIP_FLAGS ?=
 OUT       ?= usmlite-demo
 CMAKE     ?= cmake
 SANITIZED ?= 60
+FUZZED    ?= 600
 
 BIN := $(VENV)/bin
 # What a package is built with is pinned as well; older and newer pip read different variables for it.
@@ -24,7 +27,7 @@ PIP := PIP_CONSTRAINT="$(CURDIR)/constraints.txt" PIP_BUILD_CONSTRAINT="$(CURDIR
   $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit slow bench limits sanitize format clean distclean
+.PHONY: help demo test lint types unit slow bench limits sanitize fuzz format clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -61,6 +64,10 @@ sanitize:
 	$(CMAKE) -S . -B build/sanitize -DUSMLITE_SANITIZE=ON
 	$(CMAKE) --build build/sanitize --parallel
 	build/sanitize/usmlite_driver $(SANITIZED)
+
+fuzz: $(VENV)/.dev
+	$(MAKE) sanitize SANITIZED=$(FUZZED)
+	PYTHONPATH=tests TRANSFORMERS_VERBOSITY=error $(BIN)/python tests/fuzz.py --seconds $(FUZZED)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix

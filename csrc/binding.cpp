@@ -129,10 +129,12 @@ NB_MODULE(_native, m) {
       .def("__init__",
            [](Weight* self, size_t rows, size_t columns, size_t group, int bits, int doubled_offset,
               std::tuple<int, int, int, int> pattern, Memory codes, Memory scale, Memory zero, Memory patterns,
-              Memory column_scale) {
+              Memory column_scale, nb::object) {
              new (self) Weight(make_weight(rows, columns, group, bits, doubled_offset, pattern, codes, scale, zero,
                                            patterns, column_scale));
-           })
+           },
+           // The last argument owns the memory that the addresses lead to.
+           nb::keep_alive<1, 13>())
       .def("linear", &linear)
       .def("gather", &gather)
       .def("expand", &expand);

@@ -27,6 +27,7 @@ class Weight:
         zero: tuple[int, int],
         patterns: tuple[int, int],
         column_scale: tuple[int, int],
+        owner: object,
     ) -> None: ...
     def linear(
         self,

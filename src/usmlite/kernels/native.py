@@ -133,7 +133,8 @@ Weight: TypeAlias = PackedWeight | ExpandedWeight
 class NativeWeight:
     """A weight that the native library computes with.
 
-    Its bytes stay where they are, in the tensors of `weight`; scales are copied.
+    Its bytes stay where they are, in the tensors of `weight`, which live as long as `handle` does; scales are
+    copied.
 
     Attributes:
         weight: the same weight for the reference operations.
@@ -211,6 +212,7 @@ def prepare(
         zero,
         pattern,
         column_scale,
+        weight,
     )
     return NativeWeight(weight, activations, handle, paths().index(path))
 
