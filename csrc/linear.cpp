@@ -104,6 +104,7 @@ struct Product {
           int32_t* out = static_cast<int32_t*>(sums);
           const uint8_t* x = codes + i * stride + low;
           if (many) {
+            prefetch(first, i, columns);
             isa.multiply(packed, x, stride, columns, length, out);
           } else {
             for (int r = 0; r < rows; r += 4) isa.dot(part + r, x, stride, columns, length, out + r);
@@ -112,6 +113,7 @@ struct Product {
           float* out = static_cast<float*>(sums);
           const float* x = values + i * stride + low;
           if (many) {
+            prefetch(first, i, columns);
             isa.multiply_float(packed, x, stride, columns, length, out);
           } else {
             for (int r = 0; r < rows; r += 4) isa.dot_float(part + r, x, stride, columns, length, out + r);
@@ -120,6 +122,18 @@ struct Product {
         finish(s, first, i, rows, columns, sums);
       }
     }
+  }
+
+  // Where the outputs go, while the products are computed: stores would wait for memory that is not in a cache.
+  void prefetch(size_t first, size_t i, int columns) const {
+#if defined(__GNUC__)
+    for (int c = 0; c < columns; ++c) {
+      const char* row = reinterpret_cast<const char*>(y + (i + static_cast<size_t>(c)) * weight.rows() + first);
+      for (size_t byte = 0; byte < kRows * sizeof(float); byte += 64) __builtin_prefetch(row + byte, 1);
+    }
+#else
+    (void)first, (void)i, (void)columns;
+#endif
   }
 
   void finish(size_t s, size_t first, size_t i, int rows, int columns, const void* sums) const {
