@@ -12,6 +12,7 @@ instead, which is what counts for more threads, on a machine that does nothing e
 from __future__ import annotations
 
 import argparse
+import operator
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import jiwer
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from torch import Tensor
 from usmlite import entropy, kernels, packfile
 from usmlite.atomic import write_bytes, write_json
 from usmlite.audio import load_audio
+from usmlite.data import Utterance, load_corpus
 from usmlite.entropy import Contexts
 from usmlite.evaluate import describe_machine, describe_versions
 from usmlite.kernels import ExpandedWeight, native
@@ -35,6 +38,7 @@ from usmlite.load import load
 from usmlite.memory import PeakMemory
 from usmlite.shipped import DEFAULT
 from usmlite.spec import NM
+from usmlite.text import normalize
 
 # rows of activations, inputs, outputs: an encoder window and single tokens of tiny and base, and one of 2048.
 SHAPES = (
@@ -48,6 +52,7 @@ SHAPES = (
     (1, 384, 51864),
 )
 ROUNDS = 7
+TORCH = "torch float32"
 HOLDS = ("float32", "int8", "packed")
 ROOT = Path(__file__).resolve().parent.parent
 RESULT, PAGE = ROOT / "results" / "native.json", ROOT / "docs" / "performance.md"
@@ -174,17 +179,18 @@ def memory_of(model: str, hold: str) -> int:
     return peak.read()[0] - before
 
 
-def transcriptions(model: str, audios: Sequence[np.ndarray], batch: int, clock: Clock) -> dict[str, Any]:
-    """Seconds to transcribe, one model expanded and the others not, and how many texts differ."""
+def transcriptions(model: str, utterances: Sequence[Utterance], batch: int, clock: Clock) -> dict[str, Any]:
+    """Seconds to transcribe, one model expanded and the others not; wrong words, and texts that differ."""
     ways = [("float32", "int8"), ("int8", "int8"), ("packed", "int8"), ("int8", "float32")]
     models = {
-        f"{hold}, {activations} activations" if hold != "float32" else "torch float32": load(
+        f"{hold}, {activations} activations" if hold != "float32" else TORCH: load(
             model,
-            hold=hold,
+            hold=hold,  # type: ignore[arg-type]
             activations=activations,  # type: ignore[arg-type]
         )
         for hold, activations in ways
     }
+    audios = [load_audio(utterance.audio)[: 30 * 16_000] for utterance in utterances]
     texts: dict[str, list[str]] = {name: [] for name in models}
     seconds = dict.fromkeys(models, 0.0)
     for low in range(0, len(audios), batch):
@@ -195,15 +201,22 @@ def transcriptions(model: str, audios: Sequence[np.ndarray], batch: int, clock: 
             start = clock()
             texts[name] += recognizer.transcribe_batch(part)
             seconds[name] += clock() - start
-    first = texts["torch float32"]
-    different = {
-        name: sum(a != b for a, b in zip(found, first, strict=True)) for name, found in texts.items()
+    references = [normalize(utterance.text or "") for utterance in utterances]
+    counts = {
+        name: jiwer.process_words(references, [normalize(text) for text in found])
+        for name, found in texts.items()
     }
-    audio = sum(len(samples) for samples in audios) / 16_000
     return {
-        "batch": batch, "utterances": len(audios), "audio_seconds": audio, "seconds": seconds,
-        "different_texts": different,
-    }  # fmt: skip
+        "batch": batch,
+        "utterances": len(audios),
+        "words": sum(len(reference.split()) for reference in references),
+        "audio_seconds": sum(len(samples) for samples in audios) / 16_000,
+        "seconds": seconds,
+        "errors": {name: c.substitutions + c.deletions + c.insertions for name, c in counts.items()},
+        "different_texts": {
+            name: sum(map(operator.ne, found, texts[TORCH])) for name, found in texts.items()
+        },
+    }
 
 
 def table(title: str, rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
@@ -239,11 +252,23 @@ def page(result: Mapping[str, Any]) -> str:
         found = result["transcriptions"]
         shown = [(f"{r['utterances']} utterances, {r['batch']} at a time", r["seconds"]) for r in found]
         parts.append(table("", shown))
-        names = [f"{count} with {name}" for name, count in found[0]["different_texts"].items() if count]
-        parts.append(f"Texts that differ from torch's, one at a time: {', '.join(names) or 'none'}.")
+        parts.append(differences(found[0]))
     held = ", ".join(f"{1e-6 * size:.0f} MB held as {hold}" for hold, size in result["memory"].items())
     parts.append(f"Loading and transcribing 30 seconds adds to the process's peak memory: {held}.")
     return "\n\n".join(parts)
+
+
+def differences(found: Mapping[str, Any]) -> str:
+    """Wrong words by how a model was held, and texts that are not the same."""
+    lines = [
+        f"| {found['utterances']} utterances, {found['words']} words, one at a time | errors | WER, % "
+        "| texts other than torch's |",
+        "| --- | --: | --: | --: |",
+    ]
+    for name, errors in found["errors"].items():
+        share = 100 * errors / found["words"]
+        lines.append(f"| {name} | {errors} | {share:.2f} | {found['different_texts'][name]} |")
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -253,9 +278,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--model", default=DEFAULT, help="a packed model (default: the shipped one)")
     parser.add_argument(
-        "--data", type=Path, help="a LibriSpeech split, or any folder of audio, to transcribe"
+        "--data", type=Path, help="a LibriSpeech split, or any corpus with texts, to transcribe"
     )
-    parser.add_argument("--utterances", type=int, default=12, help="how many of its files (default: 12)")
+    parser.add_argument("--utterances", type=int, default=12, help="how many of it (default: 12)")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: 1)")
     parser.add_argument("--wall", action="store_true", help="clock on the wall, not processor time")
     parser.add_argument("--no-layers", action="store_true", help="skip single layers")
@@ -281,9 +306,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result |= {"layers": layers(clock), "decoding": decoding(clock)}
     result |= {"loading": loading(options.model, clock), "memory": memory(options.model)}
     if options.data is not None:
-        files = sorted(p for p in options.data.rglob("*") if p.suffix in (".flac", ".wav"))
-        audios = [load_audio(path)[: 30 * 16_000] for path in files[: options.utterances]]
-        result["transcriptions"] = [transcriptions(options.model, audios, n, clock) for n in (1, 8)]
+        found = sorted(load_corpus(options.data, require_text=True), key=lambda utterance: utterance.id)
+        chosen = found[:: max(1, len(found) // options.utterances)][: options.utterances]
+        result["transcriptions"] = [transcriptions(options.model, chosen, n, clock) for n in (1, 8)]
     print(page(result))
     if options.save:
         write_json(RESULT, result)

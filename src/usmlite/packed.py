@@ -28,6 +28,9 @@ from usmlite.packfile import CONFIG_NAME, WEIGHTS_NAME, Manifest, WeightsFile
 Hold = Literal["float32", "int8", "packed"]
 HOLDS: tuple[Hold, ...] = get_args(Hold)
 
+# Of the encoder: windows have 30 seconds of 100 frames, two frames a position.
+_POSITIONS = 1500
+
 
 def fastest_hold() -> Hold:
     """How weights should be held where speed is what counts.
@@ -296,6 +299,13 @@ def _skeleton(values: dict[str, Any], tensors: int, path: Path) -> WhisperForCon
         # Every layer has tensors of its own; more layers than tensors would only cost time.
         if not isinstance(layers, int) or not 0 <= layers <= tensors:
             raise wrong(f"{name} of at most {tensors}", repr(layers))
+    for name in ("encoder_attention_heads", "decoder_attention_heads"):
+        # Whether they divide the width is checked by Transformers, which takes negative ones as well.
+        heads = values.get(name, 1)
+        if not isinstance(heads, int) or heads < 1:
+            raise wrong(f"{name} of at least 1", repr(heads))
+    if values.get("max_source_positions", _POSITIONS) != _POSITIONS:
+        raise wrong(f"max_source_positions of {_POSITIONS}", repr(values["max_source_positions"]))
     try:
         config = WhisperConfig.from_dict(values)
         with torch.device("meta"):
