@@ -263,7 +263,7 @@ def test_a_dense_model_is_not_packed(folder: Path) -> None:
         ({"decoder_layers": -1}, "decoder_layers of at most"),
         ({"encoder_layers": 2}, "missing"),
         ({"encoder_attention_heads": 0}, "does not describe a model"),
-        ({"max_source_positions": 1 << 40}, "cannot be computed"),
+        ({"max_source_positions": 1 << 40}, "max_source_positions of 1500"),
         ({"model_type": "llama"}, "found 'llama'"),
         ({"model_type": None}, "model_type 'whisper'"),
     ],
