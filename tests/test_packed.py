@@ -259,6 +259,7 @@ def test_a_dense_model_is_not_packed(folder: Path) -> None:
         ({"vocab_size": 1 << 62}, "does not describe a model|contradicts"),
         ({"encoder_layers": 10**9}, "encoder_layers of at most"),
         ({"max_source_positions": 256}, "max_source_positions of 1500"),
+        ({"activation_dropout": 1e300}, "activation_dropout from 0 to 1"),
         ({"encoder_attention_heads": -1}, "encoder_attention_heads of at least 1"),
         ({"decoder_layers": -1}, "decoder_layers of at most"),
         ({"encoder_layers": 2}, "missing"),

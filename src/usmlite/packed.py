@@ -304,6 +304,11 @@ def _skeleton(values: dict[str, Any], tensors: int, path: Path) -> WhisperForCon
         heads = values.get(name, 1)
         if not isinstance(heads, int) or heads < 1:
             raise wrong(f"{name} of at least 1", repr(heads))
+    for name in ("dropout", "attention_dropout", "activation_dropout"):
+        # Nothing is dropped here, but torch looks at it all the same, when the model is used.
+        share = values.get(name, 0)
+        if not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise wrong(f"{name} from 0 to 1", repr(share))
     if values.get("max_source_positions", _POSITIONS) != _POSITIONS:
         raise wrong(f"max_source_positions of {_POSITIONS}", repr(values["max_source_positions"]))
     try:
