@@ -41,6 +41,7 @@ from usmlite.load import (
 from usmlite.mixture import learn_allocation
 from usmlite.models import Teacher, TimedText, load_teacher
 from usmlite.pack import pack
+from usmlite.packed import arithmetic
 from usmlite.recipe import Recipe, load_recipe, recipe_to_dict, recipe_to_toml
 from usmlite.runtime import Recognizer
 from usmlite.spec import KEEP, CompressionSpec, Rule, matrix_shape
@@ -515,6 +516,7 @@ def measure(
             utterances,
             name=recognizer.kind,
             weights_bytes=recognizer.weights_bytes,
+            arithmetic=arithmetic(recognizer.model),
             progress=progress,
         )
     write_json(output / f"evaluation-{recognizer.kind}.json", found.to_json())
@@ -551,7 +553,8 @@ def make_report(
 
 def _summary(found: Evaluation) -> dict[str, Any]:
     whole = found.to_json()
-    return {key: value for key, value in whole.items() if key not in ("utterances", "machine", "versions")}
+    kept = {key: value for key, value in whole.items() if key not in ("utterances", "machine", "versions")}
+    return {**kept, "arithmetic": found.machine.get("arithmetic")}
 
 
 def show(
