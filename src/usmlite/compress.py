@@ -145,7 +145,10 @@ class Speech:
         too_long: how many did not.
         dev_part: the part of dev that checkpoints are chosen on; empty without dev.
         test: what the final table is measured on: test, else the part of dev; empty without both.
+        calibration: the batches that `calibration_batches` made, None before.
     """
+
+    calibration: list[dict[str, Tensor]] | None = None
 
     def __init__(
         self, train: list[Utterance], too_long: int, dev_part: list[Utterance], test: list[Utterance]
@@ -320,7 +323,7 @@ def _allocate(
         return allocate(
             teacher.model,
             kinds,
-            list(calibration_batches(recipe, teacher, speech)),
+            calibration_batches(recipe, teacher, speech),
             budget,
             candidates=CANDIDATES[recipe.spec.candidates if recipe.spec.entropy_coding else "integer"],
             coded=recipe.spec.entropy_coding,
@@ -466,8 +469,14 @@ def start_student(
     return student, found.to_dict()
 
 
-def calibration_batches(recipe: Recipe, teacher: Teacher, speech: Speech) -> Iterator[dict[str, Tensor]]:
-    """Windows of training speech with the teacher's own words for them, as forward inputs."""
+def calibration_batches(recipe: Recipe, teacher: Teacher, speech: Speech) -> list[dict[str, Tensor]]:
+    """Windows of training speech with the teacher's own words for them, as forward inputs; made once."""
+    if speech.calibration is None:
+        speech.calibration = list(_calibration_batches(recipe, teacher, speech))
+    return speech.calibration
+
+
+def _calibration_batches(recipe: Recipe, teacher: Teacher, speech: Speech) -> Iterator[dict[str, Tensor]]:
     dataset, adapter = training.TrainingWindows(speech.train, recipe), teacher.adapter
     language = recipe.data.language
     for low in range(0, recipe.student.calibration, _DECODED):
