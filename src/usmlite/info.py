@@ -11,11 +11,11 @@ from typing import Any, cast
 import torch
 from rich.table import Table
 from torch import nn
-from transformers import AutoModelForSpeechSeq2Seq, PretrainedConfig, WhisperConfig
+from transformers import PretrainedConfig
 
-from usmlite.errors import PackedModelError
+from usmlite.errors import ModelError, PackedModelError
 from usmlite.load import PACKED_FOLDER, RECIPE_FILE
-from usmlite.models import load_teacher
+from usmlite.models import adapter_class, load_teacher, read_configuration, skeleton
 from usmlite.packfile import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -26,13 +26,14 @@ from usmlite.packfile import (
     part_shapes,
     read_config,
     read_manifest,
+    stored_tensors,
 )
 from usmlite.report import LayerRow, layer_table, readable_bytes
 from usmlite.shipped import shipped
 from usmlite.spec import CompressionSpec, LayerSpec, matrix_shape
 
 COMPUTED = "computed, not stored"
-KEPT = "kept, float16"
+KEPT, BUFFER = "kept, float16", "kept as it is"
 HALF_BYTES = 2
 
 
@@ -147,15 +148,7 @@ def information_table(found: ModelInfo) -> Table:
 
 def dense_float32_bytes(config: PretrainedConfig) -> int:
     """Bytes of the parameters in float32 of a model with this configuration, tied ones once."""
-    return sum(4 * parameter.numel() for parameter in _skeleton(config).parameters())
-
-
-def _skeleton(config: PretrainedConfig) -> nn.Module:
-    """The dense model without any values."""
-    # A packed model's configuration says how it is quantized; the skeleton is not.
-    plain = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
-    with torch.device("meta"):
-        return cast(nn.Module, AutoModelForSpeechSeq2Seq.from_config(plain))  # type: ignore[no-untyped-call]
+    return sum(4 * parameter.numel() for parameter in skeleton(config).parameters())
 
 
 def _describe_dense(source: str | Path, spec: CompressionSpec) -> ModelInfo:
@@ -166,12 +159,15 @@ def _describe_dense(source: str | Path, spec: CompressionSpec) -> ModelInfo:
     }
     computed, shown = teacher.adapter.computed(teacher.model), _kinds(teacher.model)
     rows, stored = [], {}
-    for name, parameter in teacher.model.named_parameters():
+    for name, parameter in stored_tensors(teacher.model).items():
         module, shape = name.removesuffix(".weight"), tuple(parameter.shape)
         kind = kinds.get(module) or (shown.get(module, "other") if name.endswith(".weight") else "other")
         layer = spec.resolve(module, kind) if module in kinds else LayerSpec()
         if name in computed:
             rows.append(LayerRow(name, shape, kind, COMPUTED, 0))
+        elif not isinstance(parameter, nn.Parameter):
+            rows.append(LayerRow(name, shape, "buffer", BUFFER, parameter.nbytes))
+            stored[name] = (parameter.dtype, shape)
         elif layer.is_kept:
             rows.append(LayerRow(name, shape, kind, KEPT, HALF_BYTES * parameter.numel()))
             stored[name] = (torch.float16, shape)
@@ -195,10 +191,10 @@ def _header_bytes(stored: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> int
 def _describe_packed(path: Path, source: str) -> ModelInfo:
     manifest = read_manifest(path)
     file = WeightsFile(member(path, WEIGHTS_NAME))
-    skeleton = _skeleton(_configuration(path))
-    kinds = _kinds(skeleton)
+    model = skeleton(_configuration(path))
+    kinds = _kinds(model)
     rows, described = [], set()
-    for name, parameter in skeleton.named_parameters():
+    for name, parameter in stored_tensors(model).items():
         module = name.removesuffix(".weight")
         kind = kinds.get(module, "other") if name.endswith(".weight") else "other"
         if module in manifest.layers and name.endswith(".weight"):
@@ -208,7 +204,7 @@ def _describe_packed(path: Path, source: str) -> ModelInfo:
         elif name in manifest.computed:
             names, form = [], COMPUTED
         else:
-            names, form = [name], KEPT
+            names, form = [name], KEPT if isinstance(parameter, nn.Parameter) else BUFFER
         sizes = [file.entries[stored] for stored in names if stored in file.entries]
         described.update(names)
         rows.append(LayerRow(name, tuple(parameter.shape), kind, form, sum(e.stop - e.start for e in sizes)))
@@ -216,7 +212,7 @@ def _describe_packed(path: Path, source: str) -> ModelInfo:
         if name not in described:
             rows.append(LayerRow(name, entry.shape, "other", "not of this model", entry.stop - entry.start))
     header = file.size - sum(row.bytes for row in rows)
-    float32 = sum(4 * parameter.numel() for parameter in skeleton.parameters())
+    float32 = sum(4 * parameter.numel() for parameter in model.parameters())
     saved = 0
     for layer in manifest.layers.values():
         if layer.coded is not None:
@@ -224,14 +220,12 @@ def _describe_packed(path: Path, source: str) -> ModelInfo:
     return ModelInfo(source, True, tuple(rows), header, float32, saved_bytes=saved)
 
 
-def _configuration(path: Path) -> WhisperConfig:
+def _configuration(path: Path) -> PretrainedConfig:
     values = {key: value for key, value in read_config(path).items() if key != "quantization_config"}
     try:
-        return WhisperConfig.from_dict(values)
-    except Exception as error:  # what a damaged configuration raises is Transformers' own affair
-        raise PackedModelError(
-            "not the configuration of a Whisper model", where=path / CONFIG_NAME, found=str(error)
-        ) from error
+        return read_configuration(values, path / CONFIG_NAME)
+    except ModelError as error:
+        raise PackedModelError(error.what, where=error.where, found=error.found) from error
 
 
 def _kinds(model: nn.Module) -> dict[str, str]:
