@@ -22,7 +22,10 @@ _CONVOLUTIONS: dict[str, Any] = {
     "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4,
 }  # fmt: skip
 _WAVES = {**_ENCODER, **_CONVOLUTIONS}
-_CONFORMER: dict[str, Any] = {**_ENCODER, "conv_kernel_size": 5, "subsampling_conv_channels": 16}
+# With the weights of a usual start so narrow a network would say the same at every frame.
+_CONFORMER: dict[str, Any] = {
+    **_ENCODER, "conv_kernel_size": 5, "subsampling_conv_channels": 16, "initializer_range": 0.2,
+}  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
     "Wav2Vec2ForCTC": _WAVES,
     "HubertForCTC": {**_WAVES, "feat_extract_norm": "layer", "do_stable_layer_norm": True},

@@ -128,9 +128,9 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         prepare(model)
         self._weights = WeightsFile(files[0])
         # The base model (AutoModel) knows its weights without the prefix that the file has.
-        base = f"{cast(Any, model).base_model_prefix}."
         tensors = packfile.stored_tensors(model)
-        self._prefix = "" if any(name.startswith(base) for name in tensors) else base
+        whole = any(f"{name}.weight" in tensors for name in self.manifest.layers)
+        self._prefix = "" if whole else f"{cast(Any, model).base_model_prefix}."
         # Transformers ties weights only after they are loaded.
         tied = set(cast(Any, model).all_tied_weights_keys)
         shapes = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,6 +50,7 @@ class ModelInfo:
         float32_bytes: the dense model's parameters in float32, tied ones once.
         unused: rules of the spec that decide nothing for this model.
         saved_bytes: by how much entropy coding made a packed model's file smaller.
+        parts: name of each row to the part of the network that it belongs to.
     """
 
     source: str
@@ -58,6 +60,7 @@ class ModelInfo:
     float32_bytes: int
     unused: tuple[str, ...] = ()
     saved_bytes: int = 0
+    parts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def file_bytes(self) -> int:
@@ -76,10 +79,20 @@ class ModelInfo:
             sums[row.spec] = sums.get(row.spec, 0) + row.bytes
         return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
+    def by_part(self) -> dict[str, int]:
+        """Bytes of each part of the network, in the order of the forward pass."""
+        sums: dict[str, int] = {}
+        for row in self.rows:
+            part = self.parts.get(row.name, "other")
+            sums[part] = sums.get(part, 0) + row.bytes
+        return sums
+
     def summary(self) -> list[str]:
         """The totals, in words."""
         verb = "takes" if self.packed else "would take"
-        lines = [f"{spec}: {readable_bytes(count)}" for spec, count in self.by_spec().items() if count]
+        parts = ", ".join(f"{part} {readable_bytes(count)}" for part, count in self.by_part().items())
+        lines = [f"parts: {parts}"]
+        lines += [f"{spec}: {readable_bytes(count)}" for spec, count in self.by_spec().items() if count]
         lines.append(f"header of the file: {readable_bytes(self.header_bytes)}")
         lines.append(
             f"{self.source}: the weights file {verb} {self.file_bytes:,} bytes, {100 * self.share:.2f} % of "
@@ -106,6 +119,7 @@ class ModelInfo:
             "float32_bytes": self.float32_bytes,
             "share": self.share,
             "fixed_width_bytes": self.file_bytes + self.saved_bytes,
+            "parts": self.by_part(),
             "tensors": [
                 {"name": r.name, "shape": list(r.shape), "kind": r.kind, "spec": r.spec, "bytes": r.bytes}
                 for r in self.rows
@@ -177,7 +191,14 @@ def _describe_dense(source: str | Path, spec: CompressionSpec) -> ModelInfo:
             for part, described in part_shapes(layer, *size).items():
                 stored[f"{name}.{part}"] = described
     unused = tuple(f"{rule.match} ({rule.kind or 'any kind'}): {rule.spec}" for rule in spec.unused(kinds))
-    return ModelInfo(str(source), False, tuple(rows), _header_bytes(stored), teacher.float32_bytes, unused)
+    parts = _parts(rows, teacher.adapter.part)
+    return ModelInfo(
+        str(source), False, tuple(rows), _header_bytes(stored), teacher.float32_bytes, unused, parts=parts
+    )
+
+
+def _parts(rows: Iterable[LayerRow], part: Callable[[str], str]) -> dict[str, str]:
+    return {row.name: part(row.name) for row in rows}
 
 
 def _header_bytes(stored: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
@@ -191,7 +212,8 @@ def _header_bytes(stored: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> int
 def _describe_packed(path: Path, source: str) -> ModelInfo:
     manifest = read_manifest(path)
     file = WeightsFile(member(path, WEIGHTS_NAME))
-    model = skeleton(_configuration(path))
+    config = _configuration(path)
+    model, family = skeleton(config), adapter_class(config.model_type, path)
     kinds = _kinds(model)
     rows, described = [], set()
     for name, parameter in stored_tensors(model).items():
@@ -217,7 +239,8 @@ def _describe_packed(path: Path, source: str) -> ModelInfo:
     for layer in manifest.layers.values():
         if layer.coded is not None:
             saved += layer.fixed_bytes - layer.coded
-    return ModelInfo(source, True, tuple(rows), header, float32, saved_bytes=saved)
+    parts = _parts(rows, family.part)
+    return ModelInfo(source, True, tuple(rows), header, float32, saved_bytes=saved, parts=parts)
 
 
 def _configuration(path: Path) -> PretrainedConfig:

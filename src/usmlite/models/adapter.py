@@ -243,7 +243,8 @@ class Adapter(ABC):
             Weight name to kind: "conv1d", "linear", "embedding" or "positions"; tied ones once.
         """
 
-    def part(self, name: str) -> str:
+    @classmethod
+    def part(cls, name: str) -> str:
         """The part of the network that a tensor belongs to, in words."""
         return "network"
 

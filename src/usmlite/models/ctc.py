@@ -385,9 +385,10 @@ class CTCAdapter(Adapter):
                 kinds[f"{name}.weight"] = kind
         return kinds
 
-    def part(self, name: str) -> str:
+    @classmethod
+    def part(cls, name: str) -> str:
         """The feature encoder, the encoder or the head."""
-        layout = self.layout
+        layout = cls.layout
         if name.startswith(f"{layout.head}."):
             return "head"
         front = tuple(f"{layout.encoder}.{part}" for part in layout.front)

@@ -478,7 +478,8 @@ class WhisperAdapter(Adapter):
             )
         return kinds
 
-    def part(self, name: str) -> str:
+    @classmethod
+    def part(cls, name: str) -> str:
         """The encoder, or the decoder with the token embedding, which is the output projection too."""
         return "encoder" if name.startswith("model.encoder.") else "decoder"
 
