@@ -63,9 +63,9 @@ def save_pieces(folder: Path, name: str) -> None:
     """A tokenizer of word pieces whose padding is label 0."""
     pieces = ["<pad>", "</s>", "<unk>", "▁", *LETTERS, "▁t"]
     if name == "LasrForCTC":
-        transformers.LasrTokenizer(vocab=[(p, -float(i)) for i, p in enumerate(pieces)], extra_ids=0).save_pretrained(
-            folder
-        )
+        transformers.LasrTokenizer(
+            vocab=[(p, -float(i)) for i, p in enumerate(pieces)], extra_ids=0
+        ).save_pretrained(folder)
         return
     backend = Tokenizer(Unigram([(p, -float(i)) for i, p in enumerate(pieces)], unk_id=2))
     from tokenizers import decoders, pre_tokenizers

@@ -179,9 +179,7 @@ def calibrate(
     return CalibrationReport(method, tuple(done), count, teacher_seconds, time.perf_counter() - started)
 
 
-def _remembered(
-    batches: Iterable[Batch], first: list[Batch]
-) -> Iterator[Batch]:
+def _remembered(batches: Iterable[Batch], first: list[Batch]) -> Iterator[Batch]:
     """The batches; `first` is given those that the Fisher information is computed from."""
     for batch in batches:
         if len(first) < FISHER_BATCHES:

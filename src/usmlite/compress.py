@@ -399,7 +399,11 @@ def plan(recipe: Recipe, spec: CompressionSpec, teacher: Teacher, speech: Speech
         f"Packed    about {size / 1e6:.2f} MB, {100 * size / teacher.float32_bytes:.2f} % of float32"
         + (", before entropy coding" if recipe.spec.entropy_coding else ""),
         f"Speech    {len(speech.train)} utterances, {hours:.2f} h"
-        + (f" ({speech.unusable} longer than 30 s or shorter than a frame left out)" if speech.unusable else ""),
+        + (
+            f" ({speech.unusable} longer than 30 s or shorter than a frame left out)"
+            if speech.unusable
+            else ""
+        ),
         f"Start     {recipe.student.start}",
     ]
     if steps:
@@ -464,7 +468,8 @@ def learnable(utterances: Sequence[Utterance], adapter: Adapter, console: Consol
         long = [u.id for u in utterances if u.id not in fitting]
         named = ", ".join(long[:_MOST_NAMED]) + (" ..." if len(long) > _MOST_NAMED else "")
         console.print(
-            f"{len(long)} utterances left out: their texts are too long for the frames of their audio: {named}",
+            f"{len(long)} utterances left out: their texts are too long for the frames of their audio: "
+            f"{named}",
             markup=False,
         )
         if not kept:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from usmlite.models import IGNORED, SEQUENCE_TO_SEQUENCE, Attention, Network
+from usmlite.models import SEQUENCE_TO_SEQUENCE, Attention, Network
 
 # Tokens whose distributions over the vocabulary are compared at once: their float32 logits, about
 # 13 MB for Whisper's vocabulary, then stay in a CPU's cache.
@@ -26,10 +26,9 @@ class LossWeights:
     """How much each term counts.
 
     Attributes:
-        kl: KL divergence of the student's distribution from the teacher's, nats per scored place (a token; for
-            CTC a frame).
-        ce: cross-entropy of the student on the labels, nats per label; for CTC, of all ways to lay them on the
-            frames together.
+        kl: KL divergence of the student's distribution from the teacher's, nats per scored place (a token,
+            or for CTC a frame).
+        ce: cross-entropy of the student on the labels, nats per label; for CTC, the CTC loss.
         states: squared distance of the final encoder states, over the teacher's mean square.
         temperature: both distributions are softened by it in the KL term, which is then
             multiplied by its square (Hinton et al., arXiv 1503.02531).
@@ -117,7 +116,7 @@ class Distillation(nn.Module):
         layers: Sequence[str] = (),
         attentions: Sequence[Attention] = (),
     ) -> None:
-        """Takes the models, the weights, how both are run, and where in them to look for what is matched inside."""
+        """Takes the models, the weights, how both are run, and where in both to look inside."""
         super().__init__()
         self.student = student
         self.__dict__["teacher"] = teacher
@@ -255,4 +254,3 @@ def _attention_divergence(
         wanted = looks(teacher)
         total = total + (wanted.exp() * (wanted - looks(student))).sum()
     return total / (place.heads * scored.sum())
-

@@ -322,9 +322,7 @@ def learn_allocation(
     state.restore(state_file)
     main = str(cast(Any, model).main_input_name)
     inputs = [_taught(batches(number), main) for number in range(min(_MOMENT_BATCHES, steps))]
-    moments, _ = collect_moments(
-        model, [w.name for w in near], inputs, network=network, autocast=autocast
-    )
+    moments, _ = collect_moments(model, [w.name for w in near], inputs, network=network, autocast=autocast)
     named = [w.name for w in near if w.kind not in TABLES]
     felt = output_fisher(model, named, inputs[:FISHER_BATCHES], network=network, autocast=autocast)
     coarser = octaves or {}

@@ -186,9 +186,7 @@ def _uncompressed(student: nn.Module, covered: dict[str, CompressedLayer]) -> di
     owned = tuple(f"{name}.compression." for name in covered)
     weights = {f"{name}.weight" for name in covered}
     return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if name not in weights and not name.startswith(owned)
+        name: tensor for name, tensor in tensors.items() if name not in weights and not name.startswith(owned)
     }
 
 

@@ -340,7 +340,7 @@ def to_weight(matrix: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers that belong in a file, tied ones once; what a model computes for itself does not."""
+    """Parameters and buffers that belong in a file, tied ones once; not what a model computes itself."""
     persistent = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
     return {**dict(model.named_parameters()), **buffers}

@@ -1,4 +1,4 @@
-"""What usmlite must know about a family of models, in one interface. docs/adding-a-model.md shows how to write one."""
+"""What usmlite must know about a family of models, in one interface. See docs/adding-a-model.md."""
 
 from __future__ import annotations
 
@@ -118,6 +118,7 @@ class Adapter(ABC):
 
         What it computes stays the same. Twice is the same as once.
         """
+        return
 
     @classmethod
     def check_shapes(
@@ -128,12 +129,15 @@ class Adapter(ABC):
         Raises:
             ModelError: they contradict each other.
         """
+        return
 
     def restore(self, model: nn.Module) -> None:
         """Puts right, in place, what files round although it could be computed."""
+        return
 
     def restore_settings(self, model: nn.Module) -> None:
         """Gives a loaded model the settings that are kept beside its weights."""
+        return
 
     # Speech and text
 
@@ -250,9 +254,10 @@ class Adapter(ABC):
 
     def centre(self, model: nn.Module) -> None:
         """Makes weights easier to quantize, in place; what the model computes stays the same."""
+        return
 
     def octaves(self) -> dict[str, Tensor]:
-        """By how many doublings the steps of a table's rows may be larger: weight name to float32 `[rows]`."""
+        """By how many doublings a table's rows may have larger steps: weight name to float32 `[rows]`."""
         return {}
 
     def computed(self, model: nn.Module) -> set[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from usmlite.audio import WINDOW_SECONDS
@@ -145,7 +146,7 @@ def pause_to_go_on_from(words: Sequence[Piece], seconds: float) -> float | None:
         return None
     pauses = [
         (after.start - before.end, (before.end + after.start) / 2)
-        for before, after in zip(words, words[1:], strict=False)
+        for before, after in pairwise(words)
         if (before.end + after.start) / 2 >= seconds - _LOOK_BACK
     ]
     return max(pauses)[1] if pauses else None

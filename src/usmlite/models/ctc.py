@@ -115,7 +115,7 @@ class CTCAdapter(Adapter):
             raise ModelError(
                 "the tokenizer does not fit the model",
                 where=where,
-                expected=f"labels below {sizes.vocab_size}, the blank (the padding token) {sizes.pad_token_id}",
+                expected=f"labels below {sizes.vocab_size}, the blank (padding token) {sizes.pad_token_id}",
                 found=f"labels up to {highest}, the blank {tokenizer.pad_token_id}",
                 remedy=remedy,
             )
@@ -333,7 +333,7 @@ class CTCAdapter(Adapter):
             logits = self.network.logits(model, batch, self.network.states(model, batch))
             best = logits.float().log_softmax(dim=-1).max(dim=-1)
         counts = self.frames(batch["lengths"]).tolist()
-        rows = zip(audio, best.indices.split(counts), best.values.split(counts), strict=True)
+        rows = zip(audio, torch.split(best.indices, counts), torch.split(best.values, counts), strict=True)
         return [
             self._decoded(
                 collapse(labels.tolist(), logprobs.tolist(), self.blank, len(samples) / SAMPLE_RATE),
@@ -405,7 +405,7 @@ def _layers(config: PretrainedConfig) -> int:
 
 
 def _kind(module: nn.Module) -> str | None:
-    """How a layer's weight is compressed; None if it is kept. Subclasses are kept: they may use it otherwise."""
+    """How a layer's weight is compressed; None if it is kept, as subclasses are: they may use it otherwise."""
     if type(module) is nn.Linear:
         return "linear" if module.out_features >= _LEAST_OUTPUTS else None
     if type(module) is nn.Conv1d and module.in_channels > module.groups:
@@ -418,7 +418,7 @@ class CallingAttention(WavLMAttention):
 
     def torch_multi_head_self_attention(
         self, hidden_states: Tensor, attention_mask: Tensor | None, gated_position_bias: Tensor
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Any]:
         """The same as in Transformers, but for the attention's weights.
 
         Args:

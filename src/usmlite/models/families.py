@@ -83,9 +83,9 @@ def skeleton(config: PretrainedConfig) -> nn.Module:
     # A packed model's configuration says how it is quantized; the skeleton is not.
     plain = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
     with torch.device("meta"):
-        model = family.model_class()(plain)
+        model: nn.Module = family.model_class()(plain)
     family.prepare(model)
-    return model.eval()
+    return model.train(False)
 
 
 def prepare(model: nn.Module) -> None:

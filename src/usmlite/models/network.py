@@ -92,7 +92,7 @@ class Network:
 class FrameNetwork(Network):
     """An encoder with a CTC head: every frame has a distribution over labels and the blank.
 
-    A batch has "lengths" beside it, int64 `[batch]`: how much of the main input is audio, the rest is padding.
+    A batch has "lengths" beside it, int64 `[batch]`: how much of the main input is audio; the rest pads.
 
     Args:
         encoder: attribute of the model that turns its input into states.

@@ -69,7 +69,7 @@ def load_teacher(source: str | Path) -> Teacher:
     """Loads a dense model from any supported source.
 
     Args:
-        source: a Hugging Face directory or hub id (safetensors only) of any known family; a CTranslate2 Whisper
+        source: a Hugging Face directory or hub id (safetensors only) of a known family; a CTranslate2 Whisper
             directory (float32, float16, bfloat16, int16 or int8); or "tiny.en" or "base", which are
             taken from installed packages and else from the hub. Names go before directories that are
             called the same; write ./base for such a directory.
