@@ -267,7 +267,7 @@ def allocate(
         model, felt, batches[:FISHER_BATCHES], network=network, autocast=autocast,
         progress=lambda done, total: tell("gradients", done, total),
     )  # fmt: skip
-    loss = _Loss(model, batches[:_LOSS_BATCHES], network, autocast)
+    loss = _Loss(model, batches[:_LOSS_BATCHES], autocast, network)
     sensitivities = {}
     for name in kinds:
         sensitivities[name] = _sensitivity(model.get_submodule(name), moments[name], rows.get(name), loss)
@@ -483,8 +483,8 @@ class _Loss:
         self,
         model: nn.Module,
         batches: Sequence[Batch],
-        network: Network,
         autocast: torch.dtype | None,
+        network: Network = SEQUENCE_TO_SEQUENCE,
     ) -> None:
         self.model, self.batches, self.network, self.autocast = model, batches, network, autocast
         self.inside = {id(module) for module in network.encoder(model).modules()}

@@ -441,6 +441,14 @@ def training_targets(
             quick_recognizer(teacher.model, teacher, recipe), speech.train, path, progress=progress
         )
     targets, left_out = with_targets(speech.train, texts, max_wer=recipe.data.max_wer)
+    if not targets:
+        raise DataError(
+            "the teacher got every utterance wrong",
+            where="data.train",
+            expected=f"transcripts within a WER of {recipe.data.max_wer:g} of the corpus text, and not empty",
+            remedy="Check that model and texts are of one language, or train on the corpus text "
+            "(--targets text).",
+        )
     return learnable(targets, teacher.adapter, console), left_out
 
 

@@ -214,7 +214,7 @@ def _skeleton(values: dict[str, Any], tensors: int, path: Path) -> nn.Module:
     try:
         return skeleton(read_configuration(values, path))
     except ModelError as error:
-        raise wrong("the config of a known model", str(error)[:600]) from error
+        raise wrong(error.expected or "the config of a known model", error.found) from error
     except Exception as error:  # a config that is not to be trusted can fail anywhere
         raise wrong("the config of a known model", f"{type(error).__name__}: {error}"[:300]) from error
 

@@ -405,7 +405,7 @@ def _layers(config: PretrainedConfig) -> int:
 
 
 def _kind(module: nn.Module) -> str | None:
-    """How a layer's weight is compressed; None if it is kept, as subclasses are: they may use it otherwise."""
+    """How a layer's weight is compressed; None if it is kept. Subclasses may use theirs otherwise: kept."""
     if type(module) is nn.Linear:
         return "linear" if module.out_features >= _LEAST_OUTPUTS else None
     if type(module) is nn.Conv1d and module.in_channels > module.groups:

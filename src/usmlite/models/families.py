@@ -33,11 +33,6 @@ def register(model_type: str, adapter: type[Adapter]) -> None:
     _FAMILIES[model_type] = adapter
 
 
-def known_types() -> list[str]:
-    """The `model_type` of every supported model."""
-    return sorted(_FAMILIES)
-
-
 def adapter_class(model_type: object, where: str | Path) -> type[Adapter]:
     """The adapter for a `model_type`.
 
@@ -46,7 +41,7 @@ def adapter_class(model_type: object, where: str | Path) -> type[Adapter]:
     """
     if isinstance(model_type, str) and model_type in _FAMILIES:
         return _FAMILIES[model_type]
-    remedy = f"Supported are {', '.join(known_types())}. How to add another stands in {GUIDE}."
+    remedy = f"How to add another stands in {GUIDE}."
     name = dict(MODEL_FOR_CTC_MAPPING_NAMES).get(str(model_type))
     if name is not None:
         remedy += (
@@ -54,8 +49,8 @@ def adapter_class(model_type: object, where: str | Path) -> type[Adapter]:
             f"usmlite.models.register({model_type!r}, CTCAdapter.of(CTCLayout({name!r}, encoder=...)))."
         )
     raise ModelError(
-        "there is no adapter for this model", where=where, expected="a known model_type",
-        found=repr(model_type), remedy=remedy,
+        "there is no adapter for this model", where=where,
+        expected=f"model_type {', '.join(map(repr, _FAMILIES))}", found=repr(model_type), remedy=remedy,
     )  # fmt: skip
 
 
