@@ -26,8 +26,8 @@ from usmlite import entropy
 from usmlite import quantize as q
 from usmlite.errors import SpecError
 from usmlite.fisher import FISHER_BATCHES, output_fisher
-from usmlite.models import SEQUENCE_TO_SEQUENCE, Batch, Network
 from usmlite.moments import Moments, collect_moments
+from usmlite.network import SEQUENCE_TO_SEQUENCE, Batch, Network
 from usmlite.solve import DAMPING, Problem, corrected_bias, drafts, relative_error
 from usmlite.spec import NM, TABLES, Int, LayerSpec, Rule
 from usmlite.student import from_matrix, to_matrix

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from usmlite import quantize as q
 from usmlite.errors import ModelError, SpecError
 from usmlite.fisher import FISHER_BATCHES, output_fisher
-from usmlite.models import SEQUENCE_TO_SEQUENCE, Batch, Network
 from usmlite.moments import Moments, collect_moments
+from usmlite.network import SEQUENCE_TO_SEQUENCE, Batch, Network
 from usmlite.solve import DAMPING, Problem, corrected_bias, importance_of, relative_error, solve
 from usmlite.student import (
     CompressedLayer,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from usmlite.models import SEQUENCE_TO_SEQUENCE, Attention, Network
+from usmlite.models import Attention
+from usmlite.network import SEQUENCE_TO_SEQUENCE, Network
 
 # Tokens whose distributions over the vocabulary are compared at once: their float32 logits, about
 # 13 MB for Whisper's vocabulary, then stay in a CPU's cache.
@@ -140,7 +141,7 @@ class Distillation(nn.Module):
         Args:
             heard: the main input for the student (perhaps masked), float, such as `[batch, mels, frames]`.
             taught: the same for the teacher.
-            rest: what else a batch of the network has (`models.network`).
+            rest: what else a batch of the network has (`network`).
 
         Returns:
             Scalars "loss" (weighted, with gradient), "kl", "ce", "states" and, where they have a weight,

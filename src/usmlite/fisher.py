@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from usmlite.models import SEQUENCE_TO_SEQUENCE, Batch, Network
+from usmlite.network import SEQUENCE_TO_SEQUENCE, Batch, Network
 
 # Batches that gradients are taken of: twice as many, with four draws, gave no better model.
 FISHER_BATCHES = 3

@@ -32,8 +32,8 @@ from usmlite.atomic import write_json
 from usmlite.distill import Distillation, LossWeights
 from usmlite.errors import TrainingError
 from usmlite.fisher import FISHER_BATCHES, output_fisher
-from usmlite.models import SEQUENCE_TO_SEQUENCE, Batch, Network
 from usmlite.moments import Moments, collect_moments
+from usmlite.network import SEQUENCE_TO_SEQUENCE, Batch, Network
 from usmlite.schedule import temperature
 from usmlite.solve import DAMPING, Problem, corrected_bias, importance_of
 from usmlite.sparsify import nm_mask

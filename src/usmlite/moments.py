@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from usmlite.errors import DataError, ModelError
-from usmlite.models import SEQUENCE_TO_SEQUENCE, Batch, Network
+from usmlite.network import SEQUENCE_TO_SEQUENCE, Batch, Network
 
 
 @dataclass
@@ -149,7 +149,7 @@ def collect_moments(
         model: run in evaluation mode, and left as it was.
         names: modules with a weight: linear layers, 1-D convolutions, and tables of rows (embeddings),
             whose inputs are those of the projection that shares their weight, if there is one.
-        batches: see `models.network`.
+        batches: see `network`.
         network: how the model is run.
         autocast: the dtype the model runs in, None for its own.
         progress: called with the batches done, and of how many (None if unknown).

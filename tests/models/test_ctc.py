@@ -22,8 +22,9 @@ from usmlite.distill import Distillation, LossWeights
 from usmlite.errors import AudioError, DataError, ModelError, PackedModelError, SpecError, TrainingError
 from usmlite.info import describe
 from usmlite.load import load
-from usmlite.models import IGNORED, CTCAdapter, FrameNetwork, TimedText, load_teacher
+from usmlite.models import CTCAdapter, TimedText, load_teacher
 from usmlite.models.ctc import CallingAttention
+from usmlite.network import IGNORED, FrameNetwork
 from usmlite.pack import pack
 from usmlite.packed import HOLDS, load_packed
 from usmlite.recipe import build_recipe

@@ -7,21 +7,15 @@ with the adapter of its family.
 from usmlite.models.adapter import Adapter, Attention, Decoded, TimedText
 from usmlite.models.ctc import CTCAdapter, CTCLayout
 from usmlite.models.families import adapter_class, prepare, read_configuration, register, skeleton
-from usmlite.models.network import IGNORED, SEQUENCE_TO_SEQUENCE, Batch, FrameNetwork, Network
 from usmlite.models.sources import Teacher, load_teacher
 from usmlite.models.whisper import WhisperAdapter
 
 __all__ = [
-    "IGNORED",
-    "SEQUENCE_TO_SEQUENCE",
     "Adapter",
     "Attention",
-    "Batch",
     "CTCAdapter",
     "CTCLayout",
     "Decoded",
-    "FrameNetwork",
-    "Network",
     "Teacher",
     "TimedText",
     "WhisperAdapter",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from usmlite.errors import ModelError
-from usmlite.models.network import SEQUENCE_TO_SEQUENCE, Network
+from usmlite.network import SEQUENCE_TO_SEQUENCE, Network
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from usmlite.models.adapter import (
     unknown_task,
 )
 from usmlite.models.alignment import Emitted, collapse, cut_at_pauses, pause_to_go_on_from, words_of
-from usmlite.models.network import IGNORED, FrameNetwork, labels_needed
+from usmlite.network import IGNORED, FrameNetwork, labels_needed
 
 _SAME_AS = {"’": "'", "‘": "'", "ʼ": "'", "`": "'", "–": "-", "—": "-"}  # noqa: RUF001
 # A linear layer of fewer outputs is a gate: a few hundred weights that decide for thousands.

@@ -46,7 +46,7 @@ from usmlite.models.decoding import (
     Row,
     decode_greedily,
 )
-from usmlite.models.network import IGNORED
+from usmlite.network import IGNORED
 
 TASKS = ("transcribe", "translate")
 TOKENIZER_FILE = "tokenizer.json"
