@@ -89,6 +89,7 @@ def compress(
     with processes.main_process_first():
         claim(output, recipe)
     teacher = load_teacher(recipe.model.source)
+    check_decoder(recipe, teacher.adapter)
     teacher.adapter.centre(teacher.model)
     speech = Speech.load(recipe, shortest=teacher.adapter.shortest)
     with processes.main_process_first():
@@ -233,6 +234,21 @@ def claim(output: Path, recipe: Recipe) -> None:
         write_bytes(marker, recipe_to_toml(recipe).encode())
     except OSError as error:
         raise OutputError("cannot use the output directory", where=output, found=error.strerror) from None
+
+
+def check_decoder(recipe: Recipe, adapter: Adapter) -> None:
+    """Refuses settings that speak of a decoder where the model has none.
+
+    Raises:
+        RecipeError: there is such a setting.
+    """
+    settings = {"data.swapped": recipe.data.swapped, "training.attention": recipe.training.ever("attention")}
+    for name, value in settings.items():
+        if value and not adapter.has_decoder:
+            raise RecipeError(
+                "the model has no decoder", where=name, expected="0", found=value,
+                remedy="Leave it out: the text so far is no input of an encoder with a CTC head.",
+            )  # fmt: skip
 
 
 def choose_spec(

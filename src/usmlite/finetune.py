@@ -452,7 +452,7 @@ def make_batch(
     text = adapter.teach(
         [row[1] for row in rows], timestamps=[row[2] for row in rows], language=recipe.data.language
     )
-    if recipe.data.swapped and adapter.has_decoder:
+    if recipe.data.swapped:
         ids = text["decoder_input_ids"]
         text["decoder_input_ids"] = swap_words(ids, adapter.words(ids), recipe.data.swapped, generator)
     moved = {name: value.to(device) for name, value in text.items()}

@@ -16,10 +16,18 @@ from rich.console import Console
 from torch import nn
 from transformers import AutoModelForCTC, Wav2Vec2Processor
 
-from small_ctc import CLASSES, CONFIGS, WITHOUT, save_letters, save_model, small_model
+from small_ctc import CLASSES, CONFIGS, LETTERS, WITHOUT, save_letters, save_model, small_model
 from usmlite.compress import compress
 from usmlite.distill import Distillation, LossWeights
-from usmlite.errors import AudioError, DataError, ModelError, PackedModelError, SpecError, TrainingError
+from usmlite.errors import (
+    AudioError,
+    DataError,
+    ModelError,
+    PackedModelError,
+    RecipeError,
+    SpecError,
+    TrainingError,
+)
 from usmlite.info import describe
 from usmlite.load import load
 from usmlite.models import CTCAdapter, TimedText, load_teacher
@@ -452,6 +460,25 @@ def test_a_tokenizer_of_another_model_is_refused(directories: dict[str, Path], t
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(ModelError, match="feature extractor cannot be read"):
         load_teacher(folder)
+
+
+def test_marks_that_the_head_does_not_know_are_no_labels(
+    directories: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(directories["Wav2Vec2ForCTC"], tmp_path / "model")
+    tokens = ["<pad>", "|", *LETTERS, "<unk>", "x1", "x2", "<s>", "</s>"]  # 32 labels, then two marks
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    adapter = load_teacher(folder).adapter
+    assert max(adapter.tokenizer.get_vocab().values()) >= 32
+    assert adapter.decode_text(adapter.encode_text("to toll")) == "to toll"
+
+
+@pytest.mark.parametrize("setting", [{"data": {"swapped": 0.1}}, {"training": {"attention": 1.0}}])
+def test_settings_of_a_decoder_are_refused(
+    setting: dict[str, dict[str, Any]], directories: dict[str, Path], speech: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match="the model has no decoder"):
+        compress(recipe(directories["Wav2Vec2ForCTC"], speech, **setting), tmp_path / "out")
 
 
 def test_a_model_without_its_head_is_refused(tmp_path: Path) -> None:

@@ -110,7 +110,9 @@ class CTCAdapter(Adapter):
                 "the model hears another sample rate", where=where, expected=f"{SAMPLE_RATE} Hz",
                 found=f"{extractor.sampling_rate} Hz",
             )  # fmt: skip
-        highest = max(tokenizer.get_vocab().values(), default=-1)
+        # Many tokenizers have marks for the beginning and the end that no text gets and no head knows.
+        unused = set(tokenizer.all_special_ids) - {tokenizer.pad_token_id}
+        highest = max((n for n in tokenizer.get_vocab().values() if n not in unused), default=-1)
         if highest >= sizes.vocab_size or tokenizer.pad_token_id != sizes.pad_token_id:
             raise ModelError(
                 "the tokenizer does not fit the model",
