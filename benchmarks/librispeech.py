@@ -27,6 +27,7 @@ from usmlite.evaluate import Evaluation, compare, evaluate
 from usmlite.grid import expand
 from usmlite.load import load
 from usmlite.models import load_teacher
+from usmlite.packed import arithmetic
 from usmlite.recipe import load_recipe
 from usmlite.report import ResultRow, markdown_table, measured_line
 from usmlite.sweep import sweep
@@ -59,7 +60,8 @@ def parts(name: str) -> tuple[str, str]:
 
 def measure(source: Path | str, corpus: Path, precision: str, console: Console) -> dict[str, Any]:
     """Evaluates one model on a corpus, in float32 or with weights and activations in bf16."""
-    recognizer = load(source)
+    # Expanded: what is compared are weights, in the arithmetic of the dense model.
+    recognizer = load(source, hold="float32")
     if precision == "bf16":
         recognizer.model.to(torch.bfloat16)
     utterances = load_corpus(corpus, require_text=True)
@@ -73,6 +75,7 @@ def measure(source: Path | str, corpus: Path, precision: str, console: Console) 
         name=str(source),
         weights_bytes=recognizer.weights_bytes,
         batch_size=32,
+        arithmetic=arithmetic(recognizer.model),
         progress=progress,
     )
     return {**found.to_json(), "precision": precision}

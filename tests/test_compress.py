@@ -94,7 +94,7 @@ def test_expected_bytes_are_those_of_the_file_but_for_its_header(run, model, spe
 
 def test_student_and_packed_model_are_the_same_model(run):
     output, _, _ = run
-    packed, student = load(output), load(output / "best")
+    packed, student = load(output, hold="float32"), load(output / "best")
     assert (packed.kind, student.kind) == ("packed", "student")
     features = torch.randn(1, 8, 3000)
     ids = torch.tensor([[257, 263, 40, 50]])
@@ -147,7 +147,7 @@ def test_a_target_size_is_met_and_its_spec_kept(model, speech, tmp_path):
     report = compress(plan, tmp_path / "run")
     assert 44_000 < report["packed_bytes"] <= 55_000
     written = (tmp_path / "run" / "spec.toml").read_bytes()
-    student, packed = load(tmp_path / "run" / "best"), load(tmp_path / "run")
+    student, packed = load(tmp_path / "run" / "best"), load(tmp_path / "run", hold="float32")
     features = torch.randn(1, 8, 3000)
     inputs = {"input_features": features, "decoder_input_ids": torch.tensor([[257, 263, 40]])}
     with torch.no_grad():

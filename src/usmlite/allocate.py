@@ -51,6 +51,8 @@ _CODED_MARGIN, _TABLE_MARGIN = 1.01, 1.003
 _PROBE = Int(3)
 # Batches on which the rise of the loss is measured: a few hundred words.
 _LOSS_BATCHES = 2
+# One of so many batches judges the roundings that the others were for.
+_HELD_PART = 4
 # Steps of the budget that the solver tells apart; each candidate's bytes are rounded up to one.
 _STEPS = 20_000
 # Below this a probe's error says nothing.
@@ -258,10 +260,19 @@ def allocate(
         ModelError: the model's activations are not finite.
     """
     tell = progress or (lambda stage, done, total: None)
+    # Errors on the very inputs that a rounding was fitted to flatter it, up to tenfold where words are few.
+    held = len(batches) // _HELD_PART
+    fitted = batches[: len(batches) - held]
     moments, _ = collect_moments(
-        model, list(kinds), batches, network=network, autocast=autocast,
-        progress=lambda done, total: tell("moments", done, total or done),
+        model, list(kinds), fitted, network=network, autocast=autocast,
+        progress=lambda done, total: tell("moments", done, len(batches)),
     )  # fmt: skip
+    judged = moments
+    if held:
+        judged, _ = collect_moments(
+            model, list(kinds), batches[len(fitted) :], network=network, autocast=autocast,
+            progress=lambda done, total: tell("moments", len(fitted) + done, len(batches)),
+        )  # fmt: skip
     felt = [name for name, kind in kinds.items() if kind not in TABLES]
     rows = output_fisher(
         model, felt, batches[:FISHER_BATCHES], network=network, autocast=autocast,
@@ -270,7 +281,7 @@ def allocate(
     loss = _Loss(model, batches[:_LOSS_BATCHES], autocast, network)
     sensitivities = {}
     for name in kinds:
-        sensitivities[name] = _sensitivity(model.get_submodule(name), moments[name], rows.get(name), loss)
+        sensitivities[name] = _sensitivity(model.get_submodule(name), judged[name], rows.get(name), loss)
         tell("sensitivity", len(sensitivities), len(kinds))
     weights = []
     for name, kind in kinds.items():
@@ -280,7 +291,9 @@ def allocate(
             coarser = (octaves or {}).get(f"{name}.weight")
             found = _measured_table(module, moments[name], specs, coarser, loss, coded)
         else:
-            found = _measured(module, moments[name], rows.get(name), specs, sensitivities[name], coded)
+            problem = _problem(module, moments[name], rows.get(name))
+            cost = _problem(module, judged[name], rows.get(name)).cost
+            found = _measured(problem, cost, specs, sensitivities[name], coded)
         shape = tuple(cast(Tensor, module.weight).shape)
         weights.append(WeightAllocation(name, kind, shape, sensitivities[name], _front(found), 0))
         tell("candidates", len(weights), len(kinds))
@@ -341,15 +354,9 @@ def _front(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
 
 @torch.no_grad()
 def _measured(
-    module: nn.Module,
-    moments: Moments,
-    rows: Tensor | None,
-    specs: Sequence[LayerSpec],
-    sensitivity: float,
-    coded: bool,
+    problem: Problem, cost: Tensor, specs: Sequence[LayerSpec], sensitivity: float, coded: bool
 ) -> Iterator[Candidate]:
-    """The candidates of one weight, from the errors of some of its rows."""
-    problem = _problem(module, moments, rows)
+    """The candidates of one weight, from the errors of some of its rows, which cost what `cost` says."""
     matrix = problem.matrix
     sample = torch.linspace(0, len(matrix) - 1, min(len(matrix), _SAMPLE_ROWS)).round().long()
     counts = None if problem.rows is None else problem.rows[sample]
@@ -361,7 +368,7 @@ def _measured(
     solutions = drafts(matrix[sample], problem.hessian, tries, damping=problem.damping)
     for spec, (scale, columns), solution in zip(specs, scales, solutions, strict=True):
         values = solution.values if columns is None else solution.values * columns
-        error = relative_error(matrix[sample], values, problem.cost, counts)
+        error = relative_error(matrix[sample], values, cost, counts)
         size = spec.bytes(*matrix.shape)
         if coded and spec.quant is not None and solution.scale is not None:
             codes = q.quantize(solution.values, solution.scale, solution.zero, spec.quant, spec.group)

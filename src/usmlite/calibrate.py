@@ -51,7 +51,7 @@ class LayerCalibration:
         spec: the layer spec, as text.
         rows: output channels.
         columns: inputs.
-        samples: input vectors seen.
+        samples: input vectors seen, by their weights (`moments`).
         error_before: ||(W - What) X||^2 / ||W X||^2 of the student as it came, What its compressed weight; X
             less its mean where the layer has a bias, which takes up what goes wrong on the mean.
         error_after: the same after calibration.
@@ -268,6 +268,6 @@ def _start(
         bias += (whole - compressed) @ moments.mean.to(weight.device)
     after = relative_error(whole, compressed, problem.hessian)
     return LayerCalibration(
-        name, str(spec), whole.shape[0], whole.shape[1], moments.count, before, after, used,
+        name, str(spec), whole.shape[0], whole.shape[1], round(moments.count), before, after, used,
         time.perf_counter() - started, "; ".join(notes),
     )  # fmt: skip

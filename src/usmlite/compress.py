@@ -41,6 +41,7 @@ from usmlite.load import (
 from usmlite.mixture import learn_allocation
 from usmlite.models import Adapter, Teacher, TimedText, load_teacher
 from usmlite.pack import pack
+from usmlite.packed import arithmetic
 from usmlite.recipe import Recipe, load_recipe, recipe_to_dict, recipe_to_toml
 from usmlite.runtime import Recognizer
 from usmlite.spec import KEEP, CompressionSpec, Rule, matrix_shape
@@ -54,6 +55,8 @@ _HEADER_BYTES, _PARTS = 140, 3
 _MOST_NAMED = 10
 # Rules that the plan shows one by one.
 _MOST_RULES = 12
+# Windows that the teacher decodes side by side for calibration, and those of a batch of it.
+_DECODED, _CALIBRATION_BATCH = 16, 4
 
 
 def compress(
@@ -539,21 +542,22 @@ def start_student(
 
 def calibration_batches(recipe: Recipe, teacher: Teacher, speech: Speech) -> Iterator[dict[str, Tensor]]:
     """Windows of training speech with the teacher's own words for them, as forward inputs."""
-    dataset = training.TrainingWindows(speech.train, recipe)
-    adapter, batch = teacher.adapter, 4
-    for low in range(0, recipe.student.calibration, batch):
-        indices = range(low, min(low + batch, recipe.student.calibration))
-        rows = [dataset[index] for index in indices]
+    dataset, adapter = training.TrainingWindows(speech.train, recipe), teacher.adapter
+    language = recipe.data.language
+    for low in range(0, recipe.student.calibration, _DECODED):
+        rows = [dataset[index] for index in range(low, min(low + _DECODED, recipe.student.calibration))]
         samples = torch.stack([row[0] for row in rows])
         seconds = [max((text.end for text in row[1]), default=0.0) for row in rows]
         if recipe.data.targets == "text":
             texts = [row[1] for row in rows]
         else:
             heard = [row[: round(end * SAMPLE_RATE)] for row, end in zip(samples, seconds, strict=True)]
-            decoded = adapter.transcribe(teacher.model, heard, language=recipe.data.language)
+            decoded = adapter.transcribe(teacher.model, heard, language=language)
             texts = [[TimedText(0.0, WINDOW_SECONDS, out.text)] for out in decoded]
-        written = adapter.teach(texts, timestamps=[False] * len(rows), language=recipe.data.language)
-        yield {**adapter.hear(samples, seconds), **written}
+        for first in range(0, len(rows), _CALIBRATION_BATCH):
+            part = slice(first, first + _CALIBRATION_BATCH)
+            written = adapter.teach(texts[part], timestamps=[False] * len(texts[part]), language=language)
+            yield {**adapter.hear(samples[part], seconds[part]), **written}
 
 
 def dev_wer(
@@ -596,6 +600,7 @@ def measure(
             utterances,
             name=recognizer.kind,
             weights_bytes=recognizer.weights_bytes,
+            arithmetic=arithmetic(recognizer.model),
             progress=progress,
         )
     write_json(output / f"evaluation-{recognizer.kind}.json", found.to_json())
@@ -632,7 +637,8 @@ def make_report(
 
 def _summary(found: Evaluation) -> dict[str, Any]:
     whole = found.to_json()
-    return {key: value for key, value in whole.items() if key not in ("utterances", "machine", "versions")}
+    kept = {key: value for key, value in whole.items() if key not in ("utterances", "machine", "versions")}
+    return {**kept, "arithmetic": found.machine.get("arithmetic")}
 
 
 def show(

@@ -13,24 +13,29 @@ from torch import Tensor, nn
 from usmlite.errors import DataError, ModelError
 from usmlite.network import SEQUENCE_TO_SEQUENCE, Batch, Network
 
+# By how much the square of an input vector may exceed the batch's median before the vector counts for less.
+# A decoder's first token can be a hundred times as large as all others; the layer norm that follows makes
+# its errors as small as theirs (docs/decisions/0015).
+_LARGEST_SQUARE = 4.0
+
 
 @dataclass
 class Moments:
-    """Sums over input vectors x, from which their mean and second moments follow.
+    """Weighted sums over input vectors x, from which their mean and second moments follow.
 
     Attributes:
         total: the sum of (x - shift) (x - shift)^T, float32 `[columns, columns]`.
         sum: the sum of x - shift, float32 `[columns]`.
         shift: the mean of the first vectors, float32 `[columns]`: moments about it can be moved to the
             mean without the cancellation that moments about zero would suffer.
-        count: how many vectors.
+        count: how many vectors, by their weights.
         is_table: the weight's rows are looked up as well; without any vector, they are only that.
     """
 
     total: Tensor
     sum: Tensor
     shift: Tensor | None = None
-    count: int = 0
+    count: float = 0.0
     is_table: bool = False
 
     @property
@@ -95,7 +100,7 @@ class _Collector:
         self.moments: dict[str, Moments] = {}
         self.positions: Tensor | None = None
         self._input: Tensor | None = None
-        self._sums: tuple[Tensor, Tensor, Tensor, int] | None = None
+        self._sums: tuple[Tensor, Tensor, Tensor, float] | None = None
 
     def start_batch(self, positions: Tensor | None) -> None:
         self.positions = positions
@@ -121,7 +126,7 @@ class _Collector:
 
     def _add_up(
         self, layer: nn.Module, inputs: Tensor, shift: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, int]:
+    ) -> tuple[Tensor, Tensor, Tensor, float]:
         with torch.autocast(inputs.device.type, enabled=False):
             pointwise = is_pointwise(layer) and inputs.dim() == 3
             if pointwise:
@@ -129,9 +134,21 @@ class _Collector:
             if self.positions is not None and inputs.dim() == 3 and inputs.shape[:2] == self.positions.shape:
                 inputs = inputs[self.positions]
             rows = inputs.flatten(0, -2).float() if pointwise else input_rows(layer, inputs)
-            shift = rows.sum(dim=0) / max(len(rows), 1) if shift is None else shift
+            weights = _weights(rows)
+            count = float(weights.sum())
+            shift = weights @ rows / max(count, 1.0) if shift is None else shift
             rows = rows - shift
-            return shift, rows.T @ rows, rows.sum(dim=0), len(rows)
+            weighted = rows * weights.unsqueeze(1)
+            return shift, weighted.T @ rows, weighted.sum(dim=0), count
+
+
+def _weights(rows: Tensor) -> Tensor:
+    """What vectors count, float32 `[vectors]`: 1, or less for those much larger than the median."""
+    squares = rows.square().sum(dim=1)
+    if not len(squares):
+        return squares
+    limit = _LARGEST_SQUARE * squares.median()
+    return torch.where(squares > limit, limit / squares, 1.0) if limit > 0 else torch.ones_like(squares)
 
 
 def collect_moments(

@@ -75,6 +75,7 @@ class Adapter(ABC):
     Attributes:
         family: its name.
         may_miss: weights that a file need not have, because they are computed or tied.
+        fixed_settings: settings in config.json that can have no other value.
         config: the model's configuration.
         network: how the network is run.
         main_input: the network's name for what it hears.
@@ -84,6 +85,7 @@ class Adapter(ABC):
 
     family: ClassVar[str]
     may_miss: ClassVar[frozenset[str]] = frozenset()
+    fixed_settings: ClassVar[Mapping[str, object]] = {}
     config: PretrainedConfig
     network: Network = SEQUENCE_TO_SEQUENCE
     main_input: str = "input_features"

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,7 @@ class WhisperAdapter(Adapter):
 
     family = "whisper"
     may_miss = frozenset({"proj_out.weight", ENCODER_POSITIONS})
+    fixed_settings: ClassVar[Mapping[str, object]] = {"max_source_positions": 1500}  # of 30 seconds
     config: WhisperConfig
 
     def __init__(
