@@ -292,7 +292,7 @@ def test_texts_without_room_are_left_out_of_the_loss_and_never_infinite() -> Non
     logits = torch.randn(11, 5, generator=generator, requires_grad=True)
     loss = network(4).text_loss(logits, batch)  # the second needs four frames, and has three
     alone = {"x": torch.zeros(1, 4), "lengths": torch.tensor([4]), "labels": labels[:1]}
-    assert float(loss) == pytest.approx(float(network(4).text_loss(logits[:4], alone)))
+    assert loss.item() == pytest.approx(network(4).text_loss(logits[:4], alone).item())
     loss.backward()
     assert logits.grad is not None
     assert bool(logits.grad.isfinite().all())
