@@ -52,8 +52,9 @@ the usual way through:
   usmlite transcribe small/packed interview.wav --format srt
   usmlite sweep int4.toml int3.toml --data speech/ --test test.jsonl --out study/
 
-MODEL is a name (tiny.en, base, or tiny.en-small, which comes along), a Whisper directory of Transformers or
-CTranslate2 (faster-whisper), a hub id such as openai/whisper-base, or what `usmlite compress` wrote.
+MODEL is a name (tiny.en, base, or tiny.en-small, which comes along), a directory of Transformers with a
+Whisper or an encoder with a CTC head (wav2vec 2.0, HuBERT, Parakeet, ...), a Whisper directory of CTranslate2
+(faster-whisper), a hub id such as openai/whisper-base, or what `usmlite compress` wrote.
 
 Every command explains itself: usmlite COMMAND --help. Errors in what you give it end with exit code 2.
 """

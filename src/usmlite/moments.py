@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from usmlite.errors import DataError, ModelError
+from usmlite.network import SEQUENCE_TO_SEQUENCE, Batch, Network
 
 # By how much the square of an input vector may exceed the batch's median before the vector counts for less.
 # A decoder's first token can be a hundred times as large as all others; the layer norm that follows makes
@@ -56,6 +57,11 @@ class Moments:
         return self.covariance + torch.outer(self.mean, self.mean)
 
 
+def is_pointwise(layer: nn.Module) -> bool:
+    """Whether a convolution looks at one place at a time, and at all channels."""
+    return isinstance(layer, nn.Conv1d) and (layer.kernel_size, layer.stride, layer.groups) == ((1,), (1,), 1)
+
+
 def input_rows(layer: nn.Module, inputs: Tensor) -> Tensor:
     """The vectors that the rows of the layer's weight matrix are multiplied by.
 
@@ -85,18 +91,6 @@ def input_rows(layer: nn.Module, inputs: Tensor) -> Tensor:
     batch, channels, frames, _ = windows.shape
     windows = windows.reshape(batch, layer.groups, channels // layer.groups, frames, kernel)
     return windows.permute(0, 1, 3, 4, 2).reshape(batch * layer.groups * frames, -1)
-
-
-def _counted_positions(batch: Mapping[str, Tensor]) -> Tensor | None:
-    """Decoder positions that are not padding, bool `[batch, tokens]`, or None if all count."""
-    mask = batch.get("decoder_attention_mask")
-    if mask is not None:
-        return mask.bool()
-    labels = batch.get("labels")
-    if labels is None:
-        return None
-    # The prompt is not scored either, but the student will see it: only what follows is padding.
-    return (labels != -100).flip(1).cummax(1).values.flip(1).bool()
 
 
 class _Collector:
@@ -134,9 +128,12 @@ class _Collector:
         self, layer: nn.Module, inputs: Tensor, shift: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, float]:
         with torch.autocast(inputs.device.type, enabled=False):
+            pointwise = is_pointwise(layer) and inputs.dim() == 3
+            if pointwise:
+                inputs = inputs.transpose(1, 2)  # a linear layer, but for its channels in the middle
             if self.positions is not None and inputs.dim() == 3 and inputs.shape[:2] == self.positions.shape:
                 inputs = inputs[self.positions]
-            rows = input_rows(layer, inputs)
+            rows = inputs.flatten(0, -2).float() if pointwise else input_rows(layer, inputs)
             weights = _weights(rows)
             count = float(weights.sum())
             shift = weights @ rows / max(count, 1.0) if shift is None else shift
@@ -157,8 +154,9 @@ def _weights(rows: Tensor) -> Tensor:
 def collect_moments(
     model: nn.Module,
     names: Sequence[str],
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Iterable[Batch],
     *,
+    network: Network = SEQUENCE_TO_SEQUENCE,
     autocast: torch.dtype | None = None,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> tuple[dict[str, Moments], int]:
@@ -168,7 +166,8 @@ def collect_moments(
         model: run in evaluation mode, and left as it was.
         names: modules with a weight: linear layers, 1-D convolutions, and tables of rows (embeddings),
             whose inputs are those of the projection that shares their weight, if there is one.
-        batches: keyword inputs of the forward pass, see `calibrate`.
+        batches: see `network`.
+        network: how the model is run.
         autocast: the dtype the model runs in, None for its own.
         progress: called with the batches done, and of how many (None if unknown).
 
@@ -199,10 +198,9 @@ def collect_moments(
         count = 0
         for batch in batches:
             moved = {name: value.to(device) for name, value in batch.items()}
-            collector.start_batch(_counted_positions(moved))
-            moved.pop("labels", None)
+            collector.start_batch(network.counted(moved))
             with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                model(**moved)
+                network.run(model, moved)
             count += 1
             if progress is not None:
                 progress(count, total)

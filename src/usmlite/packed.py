@@ -18,18 +18,17 @@ from typing import Any, Literal, NoReturn, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, WhisperConfig, WhisperForConditionalGeneration
+from transformers import PreTrainedModel
 
 from usmlite import kernels, packfile
 from usmlite.errors import ModelError, OutputError, PackedModelError
-from usmlite.models import WhisperAdapter
+from usmlite.models import Adapter, adapter_class, read_configuration, skeleton
 from usmlite.packfile import CONFIG_NAME, WEIGHTS_NAME, Manifest, WeightsFile
 
 Hold = Literal["float32", "int8", "packed"]
 HOLDS: tuple[Hold, ...] = get_args(Hold)
 
-# Of the encoder: windows have 30 seconds of 100 frames, two frames a position.
-_POSITIONS = 1500
+_LAYERS = ("encoder_layers", "decoder_layers", "num_hidden_layers")
 
 
 def fastest_hold() -> Hold:
@@ -206,7 +205,7 @@ class PackedPositions(nn.Module):
 
 def load_packed(
     directory: str | os.PathLike[str], *, hold: Hold = "float32", activations: kernels.Activations = "int8"
-) -> tuple[PreTrainedModel, WhisperAdapter]:
+) -> tuple[PreTrainedModel, Adapter]:
     """Loads a packed model.
 
     Args:
@@ -237,21 +236,23 @@ def load_packed(
     manifest = Manifest.from_dict(values.pop("quantization_config", None), where=str(config_path))
     weights = WeightsFile(packfile.member(folder, WEIGHTS_NAME))
     model = _skeleton(values, len(weights.entries), config_path)
-    shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in packfile.stored_tensors(model).items()}
     weights.check_tensors(manifest.tensors(shapes, where=str(config_path)))
     weights.check_digest(manifest.digest)
+    _compute_buffers(model)
     _fill(model, manifest, weights, hold, activations)
     for name in packfile.PROCESSOR_FILES:
         if os.path.lexists(folder / name):
             packfile.member(folder, name)
-    adapter = WhisperAdapter.from_directory(folder, model.config)
-    model.generation_config = adapter.generation
+    config = cast(Any, model).config
+    adapter = adapter_class(config.model_type, config_path).from_directory(folder, config)
+    adapter.restore_settings(model)
     if hold != "float32":
         # Written by Transformers, the stored weights would not be a model that anybody can load.
         model.__dict__["save_pretrained"] = _refuse_saving
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    return model, adapter
+    return cast(PreTrainedModel, model), adapter
 
 
 def arithmetic(model: nn.Module) -> str:
@@ -283,7 +284,7 @@ def _refuse_saving(save_directory: object, *args: object, **kwargs: object) -> N
     )  # fmt: skip
 
 
-def _skeleton(values: dict[str, Any], tensors: int, path: Path) -> WhisperForConditionalGeneration:
+def _skeleton(values: dict[str, Any], tensors: int, path: Path) -> nn.Module:
     """The model that the config describes, without memory for its weights."""
 
     def wrong(expected: object, found: object) -> PackedModelError:
@@ -292,38 +293,47 @@ def _skeleton(values: dict[str, Any], tensors: int, path: Path) -> WhisperForCon
             remedy="Copy or download the packed model again.",
         )  # fmt: skip
 
-    if values.get("model_type") != "whisper":
-        raise wrong("model_type 'whisper'", repr(values.get("model_type")))
-    for name in ("encoder_layers", "decoder_layers"):
-        layers = values.get(name, 0)
-        # Every layer has tensors of its own; more layers than tensors would only cost time.
-        if not isinstance(layers, int) or not 0 <= layers <= tensors:
-            raise wrong(f"{name} of at most {tensors}", repr(layers))
-    for name in ("encoder_attention_heads", "decoder_attention_heads"):
-        # Whether they divide the width is checked by Transformers, which takes negative ones as well.
-        heads = values.get(name, 1)
-        if not isinstance(heads, int) or heads < 1:
-            raise wrong(f"{name} of at least 1", repr(heads))
-    for name in ("dropout", "attention_dropout", "activation_dropout"):
-        # Nothing is dropped here, but torch looks at it all the same, when the model is used.
-        share = values.get(name, 0)
-        if not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise wrong(f"{name} from 0 to 1", repr(share))
-    if values.get("max_source_positions", _POSITIONS) != _POSITIONS:
-        raise wrong(f"max_source_positions of {_POSITIONS}", repr(values["max_source_positions"]))
     try:
-        config = WhisperConfig.from_dict(values)
-        with torch.device("meta"):
-            model = WhisperForConditionalGeneration(config)
+        family = adapter_class(values.get("model_type"), path)
+    except ModelError as error:
+        raise wrong(error.expected, error.found) from error
+    for settings in (values, values.get("encoder_config")):
+        for name, value in settings.items() if isinstance(settings, dict) else ():
+            if name in _LAYERS and not (isinstance(value, int) and 0 <= value <= tensors):
+                # Every layer has tensors of its own; more layers than tensors would only cost time.
+                raise wrong(f"{name} of at most {tensors}", repr(value))
+            if name.endswith("attention_heads") and not (isinstance(value, int) and value >= 1):
+                # Whether they divide the width is checked by Transformers, which takes negative ones as well.
+                raise wrong(f"{name} of at least 1", repr(value))
+            if name.endswith("dropout") and not (isinstance(value, int | float) and 0 <= value <= 1):
+                # Nothing is dropped here, but torch looks at it all the same, when the model is used.
+                raise wrong(f"{name} from 0 to 1", repr(value))
+    for name, value in family.fixed_settings.items():
+        if values.get(name, value) != value:
+            raise wrong(f"{name} of {value}", repr(values[name]))
+    try:
+        return skeleton(read_configuration(values, path))
+    except ModelError as error:
+        raise wrong(error.expected or "the config of a known model", error.found) from error
     except Exception as error:  # a config that is not to be trusted can fail anywhere
-        raise wrong("the config of a Whisper model", f"{type(error).__name__}: {error}"[:300]) from error
-    cast(Any, model).eval()
-    return model
+        raise wrong("the config of a known model", f"{type(error).__name__}: {error}"[:300]) from error
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name; tied ones once."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+@torch.no_grad()
+def _compute_buffers(model: nn.Module) -> None:
+    """Gives a skeleton the buffers that no file holds, as Transformers does when it loads one."""
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    for module in model.modules():
+        names = [name for name, buffer in module.named_buffers(recurse=False) if not _is_stored(module, name)]
+        for name in names:
+            setattr(module, name, torch.empty_like(getattr(module, name), device="cpu"))
+        if names:
+            cast(Any, model)._init_weights(module)
+
+
+def _is_stored(module: nn.Module, buffer: str) -> bool:
+    return buffer in module.state_dict()
 
 
 @torch.no_grad()
@@ -351,7 +361,7 @@ def _fill(
     with weights.open() as read, ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
         made = {module: pool.submit(torch.no_grad()(make), module) for module in largest}
         try:
-            for name, empty in _tensors(model).items():
+            for name, empty in packfile.stored_tensors(model).items():
                 module = name.removesuffix(".weight")
                 names = tied.get(id(empty), [name])
                 if module in made:
