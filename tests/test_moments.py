@@ -76,6 +76,32 @@ def test_silence_counts_like_any_input() -> None:
     assert torch.allclose(moments["first"].mean, torch.full((6,), 0.1))
 
 
+class Convolved(nn.Module):
+    """A convolution over frames; the batch brings as many tokens as the frames have channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(6, 3, 3)
+
+    def forward(self, inputs: torch.Tensor, decoder_attention_mask: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.first(inputs)
+        return out
+
+
+def test_channels_are_not_taken_for_tokens() -> None:
+    torch.manual_seed(2)
+    inputs = torch.randn(2, 6, 20)
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[1, 3:] = 0
+    model = Convolved()
+    batch = {"inputs": inputs, "decoder_attention_mask": mask}
+    moments, _ = collect_moments(model, ["first"], [batch])
+    rows = input_rows(model.first, inputs)
+    assert len(rows) == 36
+    weights = (4.0 * rows.square().sum(1).median() / rows.square().sum(1)).clamp(max=1.0)
+    assert moments["first"].count == pytest.approx(float(weights.sum()))
+
+
 def test_without_batches_there_is_nothing_to_measure() -> None:
     with pytest.raises(DataError, match="no batch"):
         collect_moments(Shared(), ["first"], [])

@@ -131,7 +131,9 @@ class _Collector:
             pointwise = is_pointwise(layer) and inputs.dim() == 3
             if pointwise:
                 inputs = inputs.transpose(1, 2)  # a linear layer, but for its channels in the middle
-            if self.positions is not None and inputs.dim() == 3 and inputs.shape[:2] == self.positions.shape:
+            # Other convolutions have channels there, of which there may be as many as tokens.
+            at_places = inputs.dim() == 3 and (pointwise or not isinstance(layer, nn.Conv1d))
+            if self.positions is not None and at_places and inputs.shape[:2] == self.positions.shape:
                 inputs = inputs[self.positions]
             rows = inputs.flatten(0, -2).float() if pointwise else input_rows(layer, inputs)
             weights = _weights(rows)
