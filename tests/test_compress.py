@@ -14,6 +14,7 @@ from usmlite.compress import Speech, compress, expected_bytes, training_targets
 from usmlite.errors import OutputError, RecipeError, UsmliteError
 from usmlite.evaluate import Evaluation
 from usmlite.load import load
+from usmlite.models import load_teacher
 from usmlite.recipe import Recipe, build_recipe, load_recipe
 
 TEXTS = ["hello", "good day", "a tree", "the sea", "no", "yes we go"]
@@ -81,8 +82,6 @@ def test_the_run_prints_a_plan_and_a_table_and_writes_a_report(run):
 
 
 def test_expected_bytes_are_those_of_the_file_but_for_its_header(run, model, speech, tmp_path):
-    from usmlite.models import load_teacher
-
     output = tmp_path / "run"
     plain = recipe(model, speech, spec={"entropy_coding": False}, training={"steps": 0})
     report = compress(plain, output)
@@ -284,7 +283,7 @@ def test_corpora_in_capitals_become_sentences(model, tmp_path, speech):
     (folder / "a.txt").write_text("HE WENT HOME")
     plan = recipe(model, folder, data={"dev": None})
     spoken = Speech.load(plan)
-    targets, _ = training_targets(plan, None, spoken, tmp_path, Console(quiet=True))  # type: ignore[arg-type]
+    targets, _ = training_targets(plan, load_teacher(model), spoken, tmp_path, Console(quiet=True))
     assert [u.text for u in targets] == ["He went home"]
 
 

@@ -95,6 +95,8 @@ def compress(
     check_decoder(recipe, teacher.adapter)
     teacher.adapter.centre(teacher.model)
     speech = Speech.load(recipe, shortest=teacher.adapter.shortest)
+    if recipe.training.steps and recipe.data.targets == "text":
+        check_letters(as_written(speech.train, teacher.adapter), teacher.adapter)  # not after an hour's work
     with processes.main_process_first():
         spec = choose_spec(recipe, teacher, speech, output, console, shared=shared)
     console.print(plan(recipe, spec, teacher, speech), markup=False)
@@ -455,8 +457,7 @@ def training_targets(
     The teacher's transcripts are kept in `folder`, unless the recipe names a file.
     """
     if recipe.data.targets == "text":
-        written = [replace(u, text=teacher.adapter.written(u.text or "")) for u in speech.train]
-        return learnable(written, teacher.adapter, console), 0
+        return learnable(as_written(speech.train, teacher.adapter), teacher.adapter, console), 0
     path = Path(recipe.data.transcripts) if recipe.data.transcripts else folder / "transcripts.jsonl"
     with _bar(console, "Teacher transcribes", len(speech.train)) as progress:
         texts = transcribe_corpus(
@@ -474,16 +475,20 @@ def training_targets(
     return learnable(targets, teacher.adapter, console), left_out
 
 
-def learnable(utterances: Sequence[Utterance], adapter: Adapter, console: Console) -> list[Utterance]:
-    """The utterances whose texts the model can learn; says which ones it cannot.
+def as_written(utterances: Sequence[Utterance], adapter: Adapter) -> list[Utterance]:
+    """The utterances with their texts as the model's family writes."""
+    return [replace(u, text=adapter.written(u.text or "")) for u in utterances]
+
+
+def check_letters(utterances: Sequence[Utterance], adapter: Adapter) -> None:
+    """Refuses texts that the model cannot write.
 
     Raises:
-        DataError: texts have letters that the tokenizer lacks, or none can be learned.
+        DataError: texts have letters that the tokenizer lacks.
     """
-    texts = {utterance.id: utterance.text or "" for utterance in utterances}
-    lacking = adapter.unwritable("".join(texts.values()))
+    lacking = adapter.unwritable("".join(utterance.text or "" for utterance in utterances))
     if lacking:
-        example = next(key for key, text in texts.items() if any(letter in text for letter in lacking))
+        example = next(u.id for u in utterances if any(letter in (u.text or "") for letter in lacking))
         raise DataError(
             "the tokenizer lacks letters of the transcripts",
             where=f"data.train: {example} and perhaps others",
@@ -492,7 +497,16 @@ def learnable(utterances: Sequence[Utterance], adapter: Adapter, console: Consol
             remedy="Write numbers out and correct such letters, or train on the teacher's own transcripts "
             "(--targets teacher).",
         )
-    kept = [u for u in utterances if adapter.fits(texts[u.id], u.duration)]
+
+
+def learnable(utterances: Sequence[Utterance], adapter: Adapter, console: Console) -> list[Utterance]:
+    """The utterances whose texts (as written) the model can learn; says which ones are too long.
+
+    Raises:
+        DataError: texts have letters that the tokenizer lacks, or none can be learned.
+    """
+    check_letters(utterances, adapter)
+    kept = [u for u in utterances if adapter.fits(u.text or "", u.duration)]
     if len(kept) < len(utterances):
         fitting = {u.id for u in kept}
         long = [u.id for u in utterances if u.id not in fitting]

@@ -385,6 +385,7 @@ def test_letters_that_the_tokenizer_lacks_are_listed(
     plan = recipe(directories["LasrForCTC"], manifest)
     with pytest.raises(DataError, match=r"u1.*lacks letters.*found 2 ë\)"):
         compress(plan, tmp_path / "out")
+    assert not (tmp_path / "out/calibration.json").exists()  # found before anything is computed
     adapter = load_teacher(directories["LasrForCTC"]).adapter
     # Capitals, quotes and dashes are written as the tokenizer has them, other punctuation is left out.
     assert adapter.written("It\u2019s A\u2013B, no!") == "it's a b no"
