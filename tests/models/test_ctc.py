@@ -14,7 +14,7 @@ import soundfile
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import AutoModelForCTC, Wav2Vec2Processor
+from transformers import AutoModelForCTC, Wav2Vec2CTCTokenizer, Wav2Vec2Processor
 
 from small_ctc import CLASSES, CONFIGS, LETTERS, WITHOUT, save_letters, save_model, small_model
 from usmlite.compress import compress
@@ -469,6 +469,7 @@ def test_marks_that_the_head_does_not_know_are_no_labels(
     folder = shutil.copytree(directories["Wav2Vec2ForCTC"], tmp_path / "model")
     tokens = ["<pad>", "|", *LETTERS, "<unk>", "x1", "x2", "<s>", "</s>"]  # 32 labels, then two marks
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    Wav2Vec2CTCTokenizer(str(folder / "vocab.json")).save_pretrained(folder)
     adapter = load_teacher(folder).adapter
     assert max(adapter.tokenizer.get_vocab().values()) >= 32
     assert adapter.decode_text(adapter.encode_text("to toll")) == "to toll"
