@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from usmlite.plot import pareto_front, rendered, wer_against_bytes
-from usmlite.report import ResultRow
+from usmlite.tables import ResultRow
 
 
 def row(name: str, size: int, wer: float | None, *, width: float = 0.005) -> ResultRow:

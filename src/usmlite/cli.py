@@ -535,7 +535,7 @@ def _run_evaluate(arguments: argparse.Namespace) -> int:
     from usmlite.atomic import write_json
     from usmlite.data import load_corpus
     from usmlite.evaluate import compare, worst
-    from usmlite.report import comparison_table, difference_line
+    from usmlite.tables import comparison_table, difference_line
 
     utterances = load_corpus(arguments.data, require_text=True)[: arguments.limit]
     found, row = _evaluated(arguments.source, utterances, arguments)
@@ -571,7 +571,7 @@ def _evaluated(
     from usmlite.evaluate import evaluate
     from usmlite.info import dense_float32_bytes
     from usmlite.load import load
-    from usmlite.report import ComparisonRow
+    from usmlite.tables import ComparisonRow
 
     recognizer = load(source, hold=arguments.hold)
     with _bar(f"Evaluating {source}") as progress:
@@ -596,7 +596,7 @@ def _baseline(
     import json
 
     from usmlite.evaluate import Evaluation
-    from usmlite.report import ComparisonRow
+    from usmlite.tables import ComparisonRow
 
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))

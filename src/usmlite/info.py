@@ -27,7 +27,7 @@ from usmlite.packfile import (
     read_config,
     read_manifest,
 )
-from usmlite.report import LayerRow, layer_table, readable_bytes
+from usmlite.tables import LayerRow, layer_table, readable_bytes
 from usmlite.shipped import shipped
 from usmlite.spec import CompressionSpec, LayerSpec, matrix_shape
 

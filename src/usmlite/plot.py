@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from usmlite.report import ResultRow
+from usmlite.tables import ResultRow
 
 if TYPE_CHECKING:
     from matplotlib.axis import Axis

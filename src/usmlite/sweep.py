@@ -14,15 +14,15 @@ from typing import Any
 from accelerate import PartialState
 from rich.console import Console
 
-from usmlite import plot, report
+from usmlite import plot, tables
 from usmlite.atomic import write_bytes, write_json
-from usmlite.compress import DENSE_FILE, REPORT_FILE, claim, compress
+from usmlite.compress import claim, compress
 from usmlite.errors import DataError, OutputError, UsmliteError
 from usmlite.evaluate import Evaluation
 from usmlite.grid import Run
-from usmlite.load import RECIPE_FILE, run_spec
-from usmlite.recipe import Recipe, load_recipe, recipe_to_dict
-from usmlite.report import ComparisonRow, ResultRow
+from usmlite.load import DENSE_FILE, RECIPE_FILE, REPORT_FILE, run_spec
+from usmlite.recipe import Recipe, load_recipe, recipe_to_dict, without_places
+from usmlite.tables import ComparisonRow, ResultRow
 
 JSON_FILE, TABLE_FILE, PICTURE = "sweep.json", "sweep.md", "sweep"
 ERROR_FILE = "error.json"
@@ -151,7 +151,7 @@ def remake_table(output: Path, *, names: Sequence[str] = (), console: Console | 
         )
     pictures = _draw(found, output, console)
     _write_table(found, output, pictures)
-    console.print(report.comparison_table(_console_rows(found)))
+    console.print(tables.comparison_table(_console_rows(found)))
     for line in _remarks(found):
         console.print(line, markup=False)
     written = ", ".join([TABLE_FILE, JSON_FILE, *pictures])
@@ -259,7 +259,7 @@ def _result(folder: Path) -> Result:
         )
         dense, measured = found["evaluations"].get(DENSE), None
         if dense is not None:
-            measured = report.measured_line(
+            measured = tables.measured_line(
                 dense, found["machine"], corpus=_corpus(recipe), precision="float32"
             )
             dense = ResultRow.of(DENSE, found["float32_bytes"], dense)
@@ -318,16 +318,6 @@ def _corpus(recipe: Recipe) -> str:
     return f"a part of {Path(recipe.data.dev or 'dev').name}"
 
 
-def _public(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """The recipe without the places of things on this machine."""
-    tables = recipe_to_dict(recipe)
-    tables["model"]["source"] = _model(recipe)
-    for key in ("train", "dev", "test", "transcripts"):
-        if key in tables["data"]:
-            tables["data"][key] = Path(tables["data"][key]).name
-    return tables
-
-
 def _write_table(found: Results, output: Path, pictures: Sequence[str] = ()) -> None:
     front = {row.name for row in found.front}
     write_json(
@@ -341,7 +331,7 @@ def _write_table(found: Results, output: Path, pictures: Sequence[str] = ()) -> 
                     "size": result.row.weights_bytes / result.row.float32_bytes,
                     "sparsity": result.sparsity,
                     "pareto": result.row.name in front,
-                    "recipe": _public(result.recipe),
+                    "recipe": without_places(recipe_to_dict(result.recipe)),
                     "training": result.report["training"],
                     "evaluation": result.report["evaluations"].get(PACKED),
                     "difference": result.report.get("difference"),
@@ -354,7 +344,7 @@ def _write_table(found: Results, output: Path, pictures: Sequence[str] = ()) -> 
             "unfinished": list(found.unfinished),
         },
     )
-    lines = [report.markdown_table([*found.dense, *(result.row for result in found.finished)]), ""]
+    lines = [tables.markdown_table([*found.dense, *(result.row for result in found.finished)]), ""]
     for text in dict.fromkeys(result.measured for result in found.finished):
         lines += [text, ""] if text else []
     for line in _remarks(found):
