@@ -27,8 +27,8 @@ from usmlite.grid import expand
 from usmlite.load import ALLOCATION_FILE, load
 from usmlite.models import load_teacher
 from usmlite.recipe import load_recipe
-from usmlite.tables import ResultRow, markdown_table, measured_line
 from usmlite.sweep import sweep
+from usmlite.tables import ResultRow, markdown_table, measured_line
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES, RESULTS, README = (

@@ -19,15 +19,15 @@ from rich.progress import Progress as Bar
 from torch import Tensor, nn
 
 from usmlite import finetune as training
-from usmlite import tables
 from usmlite import student as students
+from usmlite import tables
 from usmlite.allocate import CANDIDATES, Allocation, allocate, choose, read_weights
 from usmlite.atomic import write_bytes, write_json
 from usmlite.audio import WINDOW_SECONDS
 from usmlite.calibrate import calibrate
 from usmlite.checkpoint import CheckpointFolder, load_student, save_student
 from usmlite.data import Utterance, describe_corpus, load_corpus, usable_for_training
-from usmlite.errors import OutputError, RecipeError
+from usmlite.errors import OutputError, RecipeError, UsmliteError
 from usmlite.evaluate import Evaluation, compare, describe_machine, describe_versions, evaluate
 from usmlite.histograms import weight_histograms
 from usmlite.load import (
@@ -36,6 +36,7 @@ from usmlite.load import (
     DENSE_FILE,
     HISTOGRAMS_FILE,
     PACKED_FOLDER,
+    PAGE_FILE,
     RECIPE_FILE,
     REPORT_FILE,
     SPEC_FILE,
@@ -48,6 +49,7 @@ from usmlite.mixture import learn_allocation
 from usmlite.models import Teacher, TimedText, load_teacher
 from usmlite.pack import pack
 from usmlite.recipe import Recipe, load_recipe, recipe_to_dict, recipe_to_toml
+from usmlite.report import read_report
 from usmlite.runtime import Recognizer
 from usmlite.spec import KEEP, CompressionSpec, Rule, matrix_shape
 from usmlite.transcripts import transcribe_corpus, with_targets
@@ -72,7 +74,7 @@ def compress(
     Args:
         recipe: see `recipe.Recipe`.
         output: the run's directory; gets `packed/` (what ships), `best/` (the student), `report.json`,
-            `recipe.toml`, `train.jsonl` and, while it lasts, `checkpoints/`.
+            `report.html`, `recipe.toml`, `train.jsonl` and, while it lasts, `checkpoints/`.
         console: where the plan, the progress and the table go; None for none.
         shared: the directory that keeps the teacher's transcripts, for runs that share them; the output if
             None. A file that the recipe names comes first.
@@ -138,6 +140,7 @@ def compress(
     result["seconds"] = round(time.perf_counter() - started, 1)
     write_json(output / REPORT_FILE, result)
     show(result, evaluations, teacher, console)
+    tell_page(output, [output], console)
     return result
 
 
@@ -573,6 +576,18 @@ def show(
         console.print(tables.difference_line(compare(evaluations[1], evaluations[0])))
 
 
+def tell_page(output: Path, runs: Sequence[Path], console: Console) -> None:
+    """Writes the report of some runs to a directory, and says where it is. Nothing else depends on it."""
+    page = output / PAGE_FILE
+    try:
+        with console.status("Writing the report"):
+            read_report(runs).write_page(page)
+    except UsmliteError as error:
+        console.print(f"No {PAGE_FILE}: {error}", markup=False)
+    else:
+        console.print(f"Report: {page}", markup=False)
+
+
 @contextmanager
 def _bar(console: Console, label: str, total: int) -> Iterator[Callable[[int, int], None]]:
     columns = (
@@ -604,12 +619,17 @@ def _training_bar(console: Console, total: int) -> Iterator[Callable[[training.P
     with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("Training", total=total)
         told = 0
+        losses: list[float] = []
+
+        def curve(width: int = 24) -> str:
+            return tables.sparkline(losses, width, ascii_only=console.options.ascii_only)
 
         def tell(now: training.Progress) -> None:
             nonlocal told
+            losses.append(now.losses["loss"])
             wer = "" if now.dev_wer is None else f" dev WER {100 * now.dev_wer:.1f} %"
             text = f"loss {now.losses['loss']:.3f} kl {now.losses['kl']:.3f}{wer}"
-            bar.update(task, completed=now.step, description=text)
+            bar.update(task, completed=now.step, description=f"{curve()} {text}")
             told += 1
             left = (now.total - now.step) * now.seconds_per_step
             if told == 3:
@@ -623,3 +643,5 @@ def _training_bar(console: Console, total: int) -> Iterator[Callable[[training.P
                 )
 
         yield tell
+    if losses:
+        console.print(f"Loss {curve(48)} {losses[0]:.3f} to {losses[-1]:.3f}", markup=False)

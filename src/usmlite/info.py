@@ -27,9 +27,9 @@ from usmlite.packfile import (
     read_config,
     read_manifest,
 )
-from usmlite.tables import LayerRow, layer_table, readable_bytes
 from usmlite.shipped import shipped
 from usmlite.spec import CompressionSpec, LayerSpec, matrix_shape
+from usmlite.tables import LayerRow, layer_table, readable_bytes
 
 COMPUTED = "computed, not stored"
 KEPT = "kept, float16"
