@@ -122,8 +122,8 @@ vary together are written as one: "spec.bits, training.steps" = [[8, 0], [4, 320
 Each run is one of `usmlite compress`, in DIR/NAME. Finished runs are not run again; one that fails is noted
 in DIR/NAME/error.json and tried again the next time, and the others go on. The teacher's transcripts are
 made once, and the dense model is measured once. Ctrl-C stops; the same command goes on from there. DIR gets
-report.html, sweep.md (the table), sweep.json (all figures) and, with pip install "usmlite[plot]", sweep.svg and
-sweep.png.
+report.html, sweep.md (the table), sweep.json (all figures) and, with pip install "usmlite[plot]", a picture,
+sweep.svg and sweep.png.
 
 examples:
   usmlite sweep recipes/paper-grid.toml --data train/ --dev dev/ --test test/ --out study/
@@ -132,12 +132,12 @@ examples:
 """
 
 REPORT_EPILOG = """\
-RUN is what `usmlite compress` or `usmlite sweep` wrote, or a .json of `usmlite evaluate --json`. The page is one
-file: it opens without a network, and may be sent to others. It names no places on this machine, but it has
-the words of test speech, and with players some seconds of recordings: --audio 0 leaves these out.
+RUN is what `usmlite compress` or `usmlite sweep` wrote, or a .json of `usmlite evaluate --json`. The page is
+one file: it opens without a network, and may be sent to others. It names no places on this machine, but it
+has the words of test speech, and with players some seconds of recordings: --audio 0 leaves these out.
 
-What is missing or damaged in a run is named, and the rest is drawn. A RUN that cannot be read at all ends with
-exit code 2, after the others were drawn.
+What is missing or damaged in a run is named, and the rest is drawn. A RUN that cannot be read at all ends
+with exit code 2, after the others were drawn.
 
 examples:
   usmlite report small/

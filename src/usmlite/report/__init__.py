@@ -75,9 +75,16 @@ class Report:
         cards = worst_cards(self.records, self.recordings, count=worst, players=players, missing=missing)
         command = shlex.join(["usmlite", "report", *(path.name for path in self.paths)])
         figures = draw(self.records, self.recordings)
-        return render(
-            self.records, figures, cards, [*self.notes, *missing], version=__version__, command=command
-        )
+        notes = [self._without_places(text) for text in (*self.notes, *missing)]
+        return render(self.records, figures, cards, notes, version=__version__, command=command)
+
+    def _without_places(self, text: str) -> str:
+        """A note for others, who need not know where things are on this machine."""
+        corpora = [place for record in self.records for place in record.corpora]
+        for path in (*self.paths, *(record.source for record in self.records), *corpora):
+            if path.parent != Path():
+                text = text.replace(f"{path.parent}/", "")
+        return text
 
     def write_page(self, path: Path, *, worst: int = WORST, players: int = PLAYERS) -> None:
         """Writes `page` to a file.

@@ -32,9 +32,9 @@ _LENGTHS = (2.0, 5.0, 10.0, 15.0, 20.0, 30.0)
 # Noise levels that are named one by one; of more, those within so many dB are one group.
 _MOST_LEVELS, _LEVEL_STEP = 8, 5.0
 # Points of a curve that a screen can show.
-_MOST_POINTS = 240
+_MOST_POINTS = 160
 _BLOCK = re.compile(r"^(?:.*?\.)?(encoder|decoder)?\.?(?:layers|layer|blocks)\.(\d+)\.(.+)$")
-_SIGNIFICANT = 5
+_SIGNIFICANT = 4
 
 
 def rounded(value: float | None) -> float | None:
@@ -202,38 +202,48 @@ def dev_curves(records: Sequence[Record]) -> Rows:
     return rows
 
 
-def histograms(records: Sequence[Record]) -> Rows:
-    """Shares of the weights in equal bins, before and after, for all weights together and for each."""
+def histograms(records: Sequence[Record]) -> tuple[Rows, Rows]:
+    """Shares of the weights in equal bins, in percent, for all weights together and for each.
+
+    Returns:
+        The packed weights of every run, and the dense ones that their `before` names by `key`: once, where
+        runs start from the same model.
+    """
     rows: Rows = []
+    keys: dict[tuple[str, tuple[int, ...]], int] = {}
     for record in records:
         found = record.histograms
-        if not found:
+        if not found or not found["weights"]:
             continue
-        width = 2 * found["reach"] / found["bins"]
-        centers = [rounded(-found["reach"] + width * (bin + 0.5)) for bin in range(found["bins"])]
-        weights: list[Mapping[str, Any]] = found["weights"]
-        together: dict[str, Any] = {
-            key: [sum(column) for column in zip(*(weight[key] for weight in weights), strict=True)]
-            for key in ("dense", "packed")
-        }
-        total = sum(together["dense"]) or 1
-        zero, pruned = (
-            sum((weight[key] or 0.0) * sum(weight["dense"]) for weight in weights) / total
-            for key in ("zero", "pruned")
-        )
-        together |= {"name": "all weights", "zero": zero, "pruned": pruned}
-        for counts in (together, *weights):
-            count = sum(counts["dense"]) or 1
+        for weight in (_together(found["weights"]), *found["weights"]):
+            key = (weight["name"], tuple(weight["dense"]))
             rows.append({
-                "run": record.name, "layer": counts["name"], "x": centers,
-                "zero": rounded(100 * counts["zero"]),
-                "pruned": None if counts["pruned"] is None else rounded(100 * counts["pruned"]),
-                **{
-                    key: [float(f"{100 * number / count:.3g}") for number in counts[key]]
-                    for key in ("dense", "packed")
-                },
+                "run": record.name, "layer": weight["name"], "reach": found["reach"],
+                "before": keys.setdefault(key, len(keys)), "packed": _shares(weight["packed"]),
+                "zero": rounded(100 * weight["zero"]),
+                "pruned": None if weight["pruned"] is None else rounded(100 * weight["pruned"]),
             })  # fmt: skip
-    return rows
+    return rows, [{"key": number, "dense": _shares(counts)} for (_, counts), number in keys.items()]
+
+
+def _together(weights: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    counts = {
+        key: [sum(column) for column in zip(*(weight[key] for weight in weights), strict=True)]
+        for key in ("dense", "packed")
+    }
+    total = sum(counts["dense"]) or 1
+    shares = {
+        key: sum((weight[key] or 0.0) * sum(weight["dense"]) for weight in weights) / total
+        for key in ("zero", "pruned")
+    }
+    return {"name": "all weights", **counts, **shares}
+
+
+def _shares(counts: Sequence[int]) -> list[float]:
+    total = sum(counts) or 1
+    # Whole numbers, most of them zeros, as such: there are thousands in a page.
+    shares = [float(f"{100 * count / total:.2g}") for count in counts]
+    return [int(share) if share.is_integer() else share for share in shares]
 
 
 def groups(records: Sequence[Record], recordings: Recordings) -> dict[str, Rows]:
@@ -244,7 +254,11 @@ def groups(records: Sequence[Record], recordings: Recordings) -> dict[str, Rows]
     for (measured, name), evaluation in models.items():
         for kind, rows in _groups_of(evaluation.utterances, recordings).items():
             kinds[kind] += [{"run": name, "measured": measured, **row} for row in rows]
-    return {kind: rows if len({row["group"] for row in rows}) > 1 else [] for kind, rows in kinds.items()}
+    return {kind: rows if _several(rows) else [] for kind, rows in kinds.items()}
+
+
+def _several(rows: Rows) -> bool:
+    return len({row["group"] for row in rows}) > 1 and any(row["wer"] is not None for row in rows)
 
 
 def _groups_of(scores: Sequence[UtteranceScore], recordings: Recordings) -> dict[str, Rows]:

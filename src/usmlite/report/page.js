@@ -3,7 +3,11 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const root = document.documentElement;
   const boxes = [...document.querySelectorAll('#runs input[type="checkbox"]')];
-  const figures = new Map(data.figures.map((figure) => [figure.key, { ...figure, chosen: {}, view: null }]));
+  const figures = new Map(data.figures.map((figure) => {
+    const datasets = Object.fromEntries(Object.entries(figure.data).map(([name, at]) => [name, data.rows[at]]));
+    const spec = { ...figure.spec, datasets };
+    return [figure.key, { ...figure, spec, rows: data.rows[figure.rows], chosen: {}, view: null }];
+  }));
 
   // Numbers as Python wrote them elsewhere on the page.
   const formats = {
@@ -104,8 +108,11 @@
       const owners = JSON.parse(card.dataset.worst);
       card.hidden = select.value ? !owners.includes(select.value) : !owners.some((name) => kept.has(name));
       count += card.hidden ? 0 : 1;
-      for (const line of card.querySelectorAll("[data-run]"))
-        line.hidden = data.runs.includes(line.dataset.run) && !kept.has(line.dataset.run) && line.dataset.run !== select.value;
+      for (const line of card.querySelectorAll("[data-runs]")) {
+        const visible = (name) => !data.runs.includes(name) || kept.has(name) || name === select.value;
+        line.hidden = !JSON.parse(line.dataset.runs).some(visible);
+        line.nextElementSibling.hidden = line.hidden;
+      }
     }
     document.getElementById("worst-told").textContent = `${count} utterances`;
   };

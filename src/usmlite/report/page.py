@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from usmlite.report import measures, vega
 from usmlite.report.figures import Figure
+from usmlite.report.measures import Rows
 from usmlite.report.records import DENSE, Record
 from usmlite.report.speech import Card
 from usmlite.report.theme import DARK, LIGHT, Theme, config
@@ -58,15 +59,7 @@ def render(
         command: that makes this page again.
     """
     script = _file("page.js")
-    data = {
-        "runs": [record.name for record in records],
-        "figures": [
-            {"key": f.key, "title": f.title, "summary": f.summary, "spec": f.spec, "rows": f.rows,
-             "columns": [asdict(column) for column in f.columns]}
-            for f in figures
-        ],
-        "themes": {"light": _theme(LIGHT), "dark": _theme(DARK)},
-    }  # fmt: skip
+    data = _data(records, figures)
     drawn = {figure.key: figure for figure in figures}
     by_section = {
         key: [drawn[name] for name in names if name in drawn] for key, (_, names) in _SECTIONS.items()
@@ -112,6 +105,37 @@ def render(
         vega=Markup(_script()),
         script=Markup(script),
     )  # fmt: skip
+
+
+def _data(records: Sequence[Record], figures: Sequence[Figure]) -> dict[str, Any]:
+    """What the script draws; rows that several figures and tables have stand there once."""
+    rows: list[Any] = []
+    places: dict[int, int] = {}
+
+    def place(found: Rows) -> int:
+        if id(found) not in places:
+            places[id(found)] = len(rows)
+            rows.append(found)
+        return places[id(found)]
+
+    drawn = [
+        {
+            "key": figure.key,
+            "title": figure.title,
+            "summary": figure.summary,
+            "spec": {key: value for key, value in figure.spec.items() if key != "datasets"},
+            "data": {name: place(found) for name, found in figure.spec["datasets"].items()},
+            "rows": place(figure.rows),
+            "columns": [asdict(column) for column in figure.columns],
+        }
+        for figure in figures
+    ]
+    return {
+        "runs": [record.name for record in records],
+        "figures": drawn,
+        "rows": rows,
+        "themes": {"light": _theme(LIGHT), "dark": _theme(DARK)},
+    }
 
 
 @cache

@@ -18,9 +18,9 @@ from usmlite.evaluate import UtteranceScore, worst_scores
 from usmlite.report.records import DENSE, Record, Recordings, attempt
 
 # Whole cards, and in each the words of one model: a model that repeats itself writes hundreds.
-_MOST_CARDS, _MOST_WORDS = 24, 160
+_MOST_CARDS, _MOST_WORDS = 16, 160
 # What all players together may add to the page, as base64; and the longest that one plays.
-_AUDIO_BYTES, _AUDIO_SECONDS = 1_000_000, 20.0
+_AUDIO_BYTES, _AUDIO_SECONDS = 600_000, 20.0
 # Of 0 (best) to 1 (smallest): 24 kbit/s at 16 kHz, which every browser plays.
 _COMPRESSION = 0.9
 
@@ -42,17 +42,17 @@ class Piece:
 
 @dataclass(frozen=True)
 class Reading:
-    """What one model wrote down for an utterance.
+    """What some models wrote down for an utterance, all of them the same.
 
     Attributes:
-        run: its name; "dense" for the dense model.
+        runs: their names; "dense" for the dense model.
         errors: wrong words.
         words: words of the reference.
         pieces: its alignment with the reference.
         more: words left out at the end.
     """
 
-    run: str
+    runs: tuple[str, ...]
     errors: int
     words: int
     pieces: tuple[Piece, ...]
@@ -68,7 +68,7 @@ class Card:
         speaker: who says it, or None.
         seconds: its length, or None.
         reference: what is said, normalized.
-        readings: the dense model's and every run's.
+        readings: what they wrote, the dense model first.
         worst_of: the runs that it is among the worst of.
         audio: an MP3 as a data URI; None where it is not there or would be too much.
         cut: whether the audio is only the beginning.
@@ -133,18 +133,21 @@ def _card(key: tuple[str, str], owners: list[str], records: Sequence[Record], re
                 found = [score for score in evaluation.utterances if (score.id, score.reference) == key]
                 scores |= {model: found[0]} if found else {}
     first = next(iter(scores.values()))
+    alike: dict[str, list[str]] = {}
+    for model, score in scores.items():
+        alike.setdefault(score.hypothesis, []).append(model)
     known = recordings.find(name)
     return Card(
         name,
         first.speaker,
         first.seconds if first.seconds is not None else known.duration if known else None,
         first.reference,
-        tuple(_reading(model, score) for model, score in scores.items()),
+        tuple(_reading(models, scores[models[0]]) for models in alike.values()),
         tuple(owners),
     )
 
 
-def _reading(model: str, score: UtteranceScore) -> Reading:
+def _reading(models: Sequence[str], score: UtteranceScore) -> Reading:
     kept: list[Piece] = []
     room = _MOST_WORDS
     pieces = align(score.reference, score.hypothesis)
@@ -156,7 +159,7 @@ def _reading(model: str, score: UtteranceScore) -> Reading:
         room -= max(len(left), len(right))
     shown = sum(len(piece.hypothesis.split()) for piece in kept)
     more = len(score.hypothesis.split()) - shown
-    return Reading(model, score.errors, score.words, tuple(kept), more)
+    return Reading(tuple(models), score.errors, score.words, tuple(kept), more)
 
 
 def _with_audio(cards: list[Card], recordings: Recordings, players: int, missing: list[str]) -> list[Card]:

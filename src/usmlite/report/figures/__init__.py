@@ -32,7 +32,7 @@ def draw(records: Sequence[Record], recordings: Recordings, *, paper: bool = Fal
         network.allocation(sheet, layers),
         network.sensitivity(sheet, layers),
         training.churn(sheet, log),
-        network.weights(sheet, measures.histograms(records)),
+        network.weights(sheet, *measures.histograms(records)),
         groups.by_speaker(sheet, scored["speaker"]),
         groups.by_step(sheet, "length", scored["length"]),
         groups.by_step(sheet, "noise", scored["noise"]),

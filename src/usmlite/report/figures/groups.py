@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any
 
 import altair as alt
@@ -12,6 +13,8 @@ from usmlite.report.records import DENSE
 
 # Beside each other in every group, with their intervals; more would be a thicket.
 _MOST_INTERVALS = 4
+# Times the middle of all values.
+_FAR = 8.0
 _COLUMNS = (
     Column("run", "model"), Column("group", "group"), Column("wer", "WER, %", ".2f"),
     Column("low", "from", ".2f"), Column("high", "to", ".2f"), Column("words", "words", ",d"),
@@ -29,7 +32,7 @@ def by_speaker(sheet: Sheet, rows: Rows) -> Figure | None:
         return None
     order = group_order("speaker", rows)
     y = alt.Y("group:N", sort=order, title="speaker")
-    x = alt.X("wer:Q", title="WER, %", axis=alt.Axis(format=PLAIN, tickCount=6))
+    x = alt.X("wer:Q", title="WER, %", scale=_scale(rows), axis=alt.Axis(format=PLAIN, tickCount=6))
     chart, words = _points(sheet, rows, "y", y, x)
     height = rows_high(len(order), 40 if len(sheet.names) < _MOST_INTERVALS else 26)
     return sheet.build(
@@ -45,12 +48,18 @@ def by_step(sheet: Sheet, kind: str, rows: Rows) -> Figure | None:
     title, axis = _TITLES[kind]
     order = group_order(kind, rows)
     x = alt.X("group:N", sort=order, title=axis, axis=alt.Axis(labelAngle=-30 if len(order) > 4 else 0))
-    y = alt.Y("wer:Q", title="WER, %", axis=alt.Axis(format=PLAIN, tickCount=6))
+    y = alt.Y("wer:Q", title="WER, %", scale=_scale(rows), axis=alt.Axis(format=PLAIN, tickCount=6))
     chart, words = _points(sheet, rows, "x", x, y)
     return sheet.build(
         f"by-{kind}", title, words, chart, {"groups": rows}, _COLUMNS,
         height=260, selects=sheet.of_one_set(rows),
     )  # fmt: skip
+
+
+def _scale(rows: Rows) -> alt.Scale:
+    """Drawn out below where one model is far worse than the others; there may be zeros, so not logarithmic."""
+    values = [row["wer"] for row in rows if row["wer"] is not None]
+    return alt.Scale(type="sqrt" if max(values) > _FAR * median(values) else "linear")
 
 
 def _points(sheet: Sheet, rows: Rows, across: str, groups: Any, wer: Any) -> tuple[Any, str]:
@@ -88,7 +97,7 @@ def _points(sheet: Sheet, rows: Rows, across: str, groups: Any, wer: Any) -> tup
                 **place, **color, **{other: wer}, tooltip=tip
             )
         )
-    words = "The black square is the dense model, the points are the runs"
+    words = "The square is the dense model, the points are the runs"
     return alt.layer(
         *layers
     ), f"{words}{', with 95 % intervals' if apart else '; intervals are in the table'}."

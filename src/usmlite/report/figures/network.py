@@ -13,6 +13,8 @@ from usmlite.report.measures import Rows
 _PLACES = [
     f"{kind} {name}" for kind in ("self", "cross") for name in ("q", "k", "v", "out")
 ] + ["fc1", "fc2"]  # fmt: skip
+# Of a ramp: from there on what is written on it has the color of the ground.
+_HIGH = 0.65
 _COLUMNS = (
     Column("run", "run"), Column("name", "weight"), Column("spec", "stored as"),
     Column("bytes", "bytes", ",d"), Column("bits", "bits a weight", ".2f"),
@@ -24,17 +26,17 @@ def allocation(sheet: Sheet, rows: Rows) -> Figure | None:
     """Bits and N:M of every weight of a run."""
     if not rows:
         return None
-    middle = max(row["bits"] for row in rows) / 2
+    most = max(row["bits"] for row in rows)
     color = alt.Color(
         "bits:Q",
-        scale=alt.Scale(zero=True),
+        scale=alt.Scale(domain=[0.0, most]),
         legend=alt.Legend(orient="bottom", gradientLength=180, tickCount=4, title="bits a weight"),
     )
     return sheet.build(
         "allocation", "Allocation: bits and N:M of every weight",
         "Bits in the packed file for each weight of the dense model, scales included; N:M below where the "
         "weight is pruned. One run at a time.",
-        _map(rows, color, f"datum.bits > {middle}", ("bits", ".1f"), below="pattern"),
+        _map(rows, color, f"datum.bits > {_HIGH * most}", ("bits", ".1f"), below="pattern"),
         {"layers": rows}, _COLUMNS, height=_height(rows), selects=_runs(sheet, rows),
     )  # fmt: skip
 
@@ -45,18 +47,19 @@ def sensitivity(sheet: Sheet, rows: Rows) -> Figure | None:
     if not measured:
         return None
     values = [row["sensitivity"] for row in measured]
-    middle = (max(values) * min(values)) ** 0.5
+    least, most = min(values), max(values)
+    middle = least * (most / least) ** _HIGH
     legend = alt.Legend(
         orient="bottom", gradientLength=180, format=PLAIN, title="nats a token",
-        values=[10.0**power for power in range(-8, 6) if min(values) <= 10.0**power <= max(values)],
+        values=[10.0**power for power in range(-8, 6) if least <= 10.0**power <= most],
     )  # fmt: skip
-    color = alt.Color("sensitivity:Q", scale=alt.Scale(type="log"), legend=legend)
+    color = alt.Color("sensitivity:Q", scale=alt.Scale(type="log", domain=[least, most]), legend=legend)
     return sheet.build(
         "sensitivity", "Sensitivity of every weight",
         "How much the loss rises for each unit of relative error of the layer's output, as it was measured "
         "before bits were shared out. Colors are logarithmic. One run at a time.",
         _map(measured, color, f"datum.sensitivity > {middle}", ("sensitivity", ".2~g")),
-        {"layers": measured}, _COLUMNS, height=_height(measured), selects=_runs(sheet, measured),
+        {"layers": rows}, _COLUMNS, height=_height(measured), selects=_runs(sheet, measured),
     )  # fmt: skip
 
 
@@ -77,7 +80,7 @@ def _map(rows: Rows, color: alt.Color, high: str, text: tuple[str, str], below: 
     bare: dict[str, Any] = {"grid": False, "domain": False, "ticks": False}
     base = (
         alt.Chart(alt.NamedData("layers"))
-        .transform_filter("datum.run == run")
+        .transform_filter(f"datum.run == run && isValid(datum.{text[0]})")
         .encode(
             x=alt.X(
                 "place:N", sort=places, title=None, scale=alt.Scale(domain=places),
@@ -125,15 +128,22 @@ def _block_order(block: str) -> tuple[bool, str, int]:
     return side == "decoder", side, int(number) if number.isdigit() else -1
 
 
-def weights(sheet: Sheet, rows: Rows) -> Figure | None:
+def weights(sheet: Sheet, rows: Rows, dense: Rows) -> Figure | None:
     """How values of the weights are spread, before and after."""
     if not rows:
         return None
     names = tuple(dict.fromkeys(row["layer"] for row in rows))
+    width = 2 * rows[0]["reach"] / len(rows[0]["packed"])
+    first = width / 2 - rows[0]["reach"]
     base = (
         alt.Chart(alt.NamedData("weights"))
         .transform_filter("datum.run == run && datum.layer == layer")
-        .transform_flatten(["x", "dense", "packed"])
+        .transform_lookup(
+            lookup="before", from_=alt.LookupData(data=alt.NamedData("dense"), key="key", fields=["dense"])
+        )
+        .transform_flatten(["dense", "packed"])
+        .transform_window(bin="row_number()")
+        .transform_calculate(x=f"{first} + {width} * (datum.bin - 1)")
     )
     x = alt.X(
         "start:Q",
@@ -144,7 +154,6 @@ def weights(sheet: Sheet, rows: Rows) -> Figure | None:
         alt.Tooltip("x:Q", title="value", format=".2f"), alt.Tooltip("dense:Q", title="dense, %"),
         alt.Tooltip("packed:Q", title="packed, %"),
     ]  # fmt: skip
-    width = rows[0]["x"][1] - rows[0]["x"][0]
     bars = base.transform_calculate(start=f"datum.x - {width / 2}", end=f"datum.x + {width / 2}")
     chart = alt.layer(
         bars.mark_rect(aria=False).encode(
@@ -159,7 +168,7 @@ def weights(sheet: Sheet, rows: Rows) -> Figure | None:
         "weights", "Values of the weights, before and after",
         "Bars are the packed weights, the line is the dense ones, in equal bins. A tall bar in the middle is "
         "weights that became zero.",
-        chart, {"weights": rows},
+        chart, {"weights": rows, "dense": dense},
         (Column("run", "run"), Column("layer", "weight"), Column("zero", "zeros, %", ".1f"),
          Column("pruned", "pruned, %", ".1f")),
         rows=[{key: row[key] for key in ("run", "layer", "zero", "pruned")} for row in rows],

@@ -63,13 +63,14 @@ class Sheet:
 
     Attributes:
         names: of the runs, in order.
-        sets: what the runs were measured on, in words.
+        sets: what the runs were measured on, in words; first what most were.
         paper: whether figures are of a fixed width and have legends, instead of as wide as the page.
     """
 
     def __init__(self, records: Sequence[Record], *, paper: bool) -> None:
         self.names = [record.name for record in records]
-        self.sets = tuple(dict.fromkeys(record.measured for record in records if record.measured))
+        found = [record.measured for record in records if record.measured]
+        self.sets = tuple(sorted(dict.fromkeys(found), key=lambda name: -found.count(name)))
         self.paper = paper
 
     def color(self) -> alt.Color:

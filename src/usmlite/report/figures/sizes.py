@@ -34,7 +34,7 @@ def wer_against_bytes(sheet: Sheet, records: Sequence[Record]) -> Figure | None:
     shape = alt.Scale(domain=[True, False], range=["circle", "diamond"])
     names = points.transform_filter("datum.named").mark_text(
         style="note", baseline="middle", fontSize=11, aria=False,
-        align=alt.ExprRef("datum.left ? 'right' : 'left'"), dx=alt.ExprRef("datum.left ? -9 : 9"),
+        align=alt.ExprRef("datum.left ? 'right' : 'left'"), dx=alt.ExprRef("datum.left ? -8 : 8"), dy=alt.ExprRef("datum.below ? 12 : -10"), limit=200,
     )  # fmt: skip
     chart = alt.layer(
         model.mark_rect(style="dense-band", aria=False).encode(y="low:Q", y2="high:Q"),
@@ -71,9 +71,11 @@ def _place_names(rows: measures.Rows) -> None:
     """Says which points have their names beside them, and on which side there is room."""
     sizes = [row["mb"] for row in rows]
     middle = (min(sizes) * max(sizes)) ** 0.5 if is_wide(sizes) else (min(sizes) + max(sizes)) / 2
-    for row in rows:
+    for number, row in enumerate(sorted(rows, key=lambda row: row["mb"])):
         row["named"] = row["front"] or len(rows) <= _MOST_NAMES
         row["left"] = row["mb"] > middle
+        # Neighbors would write across each other.
+        row["below"] = number % 2 == 1
 
 
 def _size_axis(rows: measures.Rows) -> alt.X:
@@ -88,7 +90,7 @@ def _wer_axis(rows: measures.Rows) -> alt.Y:
     # Bars that reach zero have no place on a logarithmic axis.
     values = [row["wer"] for row in rows if row["wer"] is not None]
     wide = is_wide(values) and min(row["low"] or 0.0 for row in rows) > 0
-    scale = alt.Scale(type="log" if wide else "linear", zero=False, nice=True)
+    scale = alt.Scale(type="log", nice=False, padding=12) if wide else alt.Scale(zero=False, padding=12)
     return alt.Y("wer:Q", title="WER, %", scale=scale, axis=alt.Axis(format=PLAIN, tickCount=6))
 
 
@@ -137,7 +139,7 @@ def part_shares(sheet: Sheet, records: Sequence[Record]) -> Figure | None:
         chart, {"parts": data},
         (Column("run", "run"), Column("part", "part"), Column("mb", "MB", ".3f"),
          Column("share", "of the file", ".1%")),
-        height=rows_high(len(sheet.names)),
+        height=rows_high(len({row["run"] for row in data})),
     )  # fmt: skip
 
 
