@@ -123,8 +123,13 @@ class Evaluation:
             values = {field.name: plain[field.name] for field in dataclasses.fields(cls)}
             low, high = values["ci95"]
             values["ci95"] = (float(low), float(high))
-            values["utterances"] = tuple(UtteranceScore(**score) for score in values["utterances"])
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+            known = {field.name for field in dataclasses.fields(UtteranceScore)}
+            values["utterances"] = tuple(
+                # A later version may have kept more.
+                UtteranceScore(**{key: value for key, value in score.items() if key in known})
+                for score in values["utterances"]
+            )
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise DataError(
                 "not an evaluation",
                 where=where,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from usmlite.data import Utterance, load_corpus
 from usmlite.errors import DataError, UsmliteError
@@ -160,7 +161,7 @@ def _with_dense(records: list[Record]) -> list[Record]:
     out = []
     for record in others or records:
         model = dense.get(record.measured)
-        if model is not None and record.dense is None:
+        if model is not None and model is not record and record.dense is None:
             row = replace(model.row, name=DENSE)
             record = replace(record, dense=model.evaluation, dense_row=row)
         out.append(record)
@@ -332,13 +333,20 @@ def _speech_of(recipe: Mapping[str, Any]) -> tuple[Path, ...]:
     return tuple(Path(place) for place in named if isinstance(place, str))
 
 
-def _refuse(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not a number that JSON knows")
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a number that can be drawn")
+    return value
+
+
+def _parsed(text: str) -> Any:
+    return json.loads(text, parse_constant=_finite, parse_float=_finite)
 
 
 def _object(path: Path) -> dict[str, Any]:
     """A JSON object from a file; numbers in it are finite, so that they can be drawn."""
-    found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+    found = _parsed(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
         raise DataError("not a JSON object", where=path, found=type(found).__name__)
     return found
@@ -376,7 +384,7 @@ def _log(path: Path, missing: list[str]) -> tuple[Mapping[str, float], ...]:
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            row = {str(key): float(value) for key, value in json.loads(line, parse_constant=_refuse).items()}
+            row = {str(key): float(value) for key, value in _parsed(line).items()}
             row["step"], row["loss"] = row["step"], row["loss"]
         except (ValueError, TypeError, KeyError, AttributeError):
             missing.append(f"{LOG_FILE}: line {number} is damaged; the curve ends before it")

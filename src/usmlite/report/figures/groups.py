@@ -57,7 +57,8 @@ def by_step(sheet: Sheet, kind: str, rows: Rows) -> Figure | None:
 
 
 def _scale(rows: Rows) -> alt.Scale:
-    """Drawn out below where one model is far worse than the others; there may be zeros, so not logarithmic."""
+    """Stretched near zero where one model is far worse than the others."""
+    # Not logarithmic: a group may have no errors.
     values = [row["wer"] for row in rows if row["wer"] is not None]
     return alt.Scale(type="sqrt" if max(values) > _FAR * median(values) else "linear")
 

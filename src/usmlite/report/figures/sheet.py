@@ -114,7 +114,8 @@ class Sheet:
         params += [alt.param(name=name, value=choices[0]) for name, (_, choices) in (selects or {}).items()]
         width = _PAPER_WIDTH if self.paper else "container"
         whole = chart.add_params(*params).properties(width=width, height=height, description=summary)
-        spec = whole.to_dict()
+        # Checking against the schema takes longer than all the rest; a test does it.
+        spec = whole.to_dict(validate=False)
         spec["datasets"] = data
         table = next(iter(data.values())) if rows is None else rows
         return Figure(key, title, summary, spec, table, tuple(columns), selects or {})

@@ -34,7 +34,8 @@ def wer_against_bytes(sheet: Sheet, records: Sequence[Record]) -> Figure | None:
     shape = alt.Scale(domain=[True, False], range=["circle", "diamond"])
     names = points.transform_filter("datum.named").mark_text(
         style="note", baseline="middle", fontSize=11, aria=False,
-        align=alt.ExprRef("datum.left ? 'right' : 'left'"), dx=alt.ExprRef("datum.left ? -8 : 8"), dy=alt.ExprRef("datum.below ? 12 : -10"), limit=200,
+        align=alt.ExprRef("datum.left ? 'right' : 'left'"), dx=alt.ExprRef("datum.left ? -8 : 8"),
+        dy=alt.ExprRef("datum.below ? 12 : -10"), limit=200,
     )  # fmt: skip
     chart = alt.layer(
         model.mark_rect(style="dense-band", aria=False).encode(y="low:Q", y2="high:Q"),
