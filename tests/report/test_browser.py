@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from usmlite.report import read_report
-from usmlite.report.theme import DARK
+from usmlite.report.theme import DARK, LIGHT
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright, or make test-browser")
 
@@ -69,7 +69,7 @@ class Opened:
 
     def _hear(self, message: Any) -> None:
         # Vega warns of axes that have no values left once their runs are filtered out.
-        if message.type != "warning" or "Infinite extent" not in message.text:
+        if message.type != "warning" or "Infinity" not in message.text:
             self.said.append(f"{message.type}: {message.text}")
 
     def points(self, key: str) -> int:
@@ -178,8 +178,9 @@ def test_the_other_theme(opened: Opened) -> None:
     page = opened.page
     page.get_by_role("button", name="Dark").click()
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
-    ground = page.locator("#plot-parts svg rect.background")
-    opened.until(lambda: ground.count() == 1 and ground.get_attribute("fill") == DARK.ground)
+    figure = page.locator("#plot-parts svg")
+    opened.until(lambda: figure.count() == 1 and DARK.ink in figure.inner_html())
+    assert LIGHT.ink not in figure.inner_html()
 
 
 def test_figures_can_be_saved(opened: Opened) -> None:

@@ -158,7 +158,8 @@ def parts(sheet: Sheet, records: Sequence[Record]) -> Figure | None:
         return None
     order = list(dict.fromkeys(row["part"] for row in data))
     y = alt.Y("part:N", sort=order, title=None)
-    scale = alt.Scale(type="log", nice=True)
+    domain = [0.8 * min(row["packed"] for row in data), 1.25 * max(row["dense"] for row in data)]
+    scale = alt.Scale(type="log", domain=domain, nice=False)
     axis = alt.Axis(format=PLAIN, values=[10.0**power for power in range(-4, 6)])
     x = alt.X("least:Q", scale=scale, axis=axis, title="MB")
     tip = [
