@@ -3,7 +3,12 @@
 #   make demo                       compress a model on synthetic speech, about 5 minutes of work
 #   make test                       lint, types and tests; what CI runs
 #   make slow                       the tests that take minutes
-#   make bench                      what compression adds to a training step (the others: see benchmarks/)
+#   make bench                      what compression adds to a training step, what the native kernels save
+#   make limits                     what this machine can compute and read at most; needs CMake
+#   make sanitize                   the native library under AddressSanitizer and UBSan; needs CMake.
+#                                   SANITIZED=600 for ten minutes instead of one
+#   make fuzz                       damaged models, and all that the native library is called with, for ten
+#                                   minutes each; needs CMake. FUZZED=60 for a minute
 #   make test PYTHON=python3.12     with another Python (3.10 to 3.13)
 #   make test VENV=/tmp/env         in another virtual environment
 #   make test PIP_FLAGS="..."       with extra flags for pip (an index of CPU builds, a cache, ...)
@@ -12,12 +17,17 @@ PYTHON    ?= python3
 VENV      ?= .venv
 PIP_FLAGS ?=
 OUT       ?= usmlite-demo
+CMAKE     ?= cmake
+SANITIZED ?= 60
+FUZZED    ?= 600
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
+# What a package is built with is pinned as well; older and newer pip read different variables for it.
+PIP := PIP_CONSTRAINT="$(CURDIR)/constraints.txt" PIP_BUILD_CONSTRAINT="$(CURDIR)/constraints.txt" \
+  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit slow bench format clean distclean
+.PHONY: help demo test lint types unit slow bench limits sanitize fuzz format clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -42,10 +52,29 @@ slow: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/step_cost.py
+	$(BIN)/python benchmarks/native.py
+
+limits:
+	$(CMAKE) -S . -B build/limits -DUSMLITE_LIMITS=ON
+	$(CMAKE) --build build/limits --parallel
+	build/limits/usmlite_limits 1
+	build/limits/usmlite_limits 2
+
+sanitize:
+	$(CMAKE) -S . -B build/sanitize -DUSMLITE_SANITIZE=ON
+	$(CMAKE) --build build/sanitize --parallel
+	build/sanitize/usmlite_driver $(SANITIZED)
+
+fuzz: $(VENV)/.dev
+	$(MAKE) sanitize SANITIZED=$(FUZZED)
+	PYTHONPATH=tests TRANSFORMERS_VERBOSITY=error $(BIN)/python tests/fuzz.py --seconds $(FUZZED)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# What the native library is made of: changed, it is built again.
+NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
 # torch goes first: with it in place, nothing that follows can choose another build of it.
 $(VENV)/.torch: constraints.txt
@@ -56,11 +85,11 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) torch==2.13.0
 	@touch $@
 
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml $(NATIVE)
 	$(PIP) -e ".[demo]"
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml $(NATIVE)
 	$(PIP) -e ".[dev,demo,weights]"
 	@touch $@
 

@@ -51,7 +51,7 @@ def small_student(
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    features = torch.randn(2, 8, 3000, generator=generator)
+    features = torch.randn(2, 8, 3000, generator=generator).to(next(model.parameters()).dtype)
     ids = torch.tensor([[257, 263, 40, 50, 60], [257, 263, 90, 1000, 3]])
     with torch.inference_mode():
         out: torch.Tensor = model(input_features=features, decoder_input_ids=ids).logits

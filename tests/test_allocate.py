@@ -149,8 +149,8 @@ def test_the_bytes_of_a_rate_are_those_of_its_file() -> None:
     rows = torch.rand(384) * 4
     for rate in (1.5, 3.0):
         spec = LayerSpec.at_rate(rate)
-        (found,) = _measured(layer, moments, rows, [spec], 1.0, True)
         problem = Problem.of(layer.weight.detach(), moments, biased=True, damping=DAMPING, rows=rows)
+        (found,) = _measured(problem, problem.cost, [spec], 1.0, True)
         scale, columns = problem.rate_scales(Int(8, scale_bits=8), rate, None)
         solution = solve(problem.matrix, problem.hessian, spec, scale=scale, column_scale=columns)
         codes = q.quantize(solution.values, scale, None, Int(8), None)
@@ -194,7 +194,8 @@ def test_at_equal_bytes_a_rate_errs_less_than_bits() -> None:
     moments = Moments(inputs.T @ inputs, inputs.sum(0), torch.zeros(384), 2000)
     bits, rates = (Int(2, grid="midrise"), Int(4)), (1.25, 2.25)
     specs = [*map(LayerSpec, bits), *map(LayerSpec.at_rate, rates)]
-    two, four, low, high = _measured(layer, moments, None, specs, 1.0, True)
+    problem = Problem.of(layer.weight.detach(), moments, biased=True, damping=DAMPING)
+    two, four, low, high = _measured(problem, problem.cost, specs, 1.0, True)
     assert low.bytes < two.bytes
     assert low.error < 0.7 * two.error
     assert high.bytes < four.bytes
@@ -204,6 +205,21 @@ def test_at_equal_bytes_a_rate_errs_less_than_bits() -> None:
 def test_the_model_is_left_as_it_was(measured) -> None:
     _, model, before = measured
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_rounding_is_judged_on_inputs_that_it_was_not_fitted_to() -> None:
+    model, _ = small_teacher()
+    kinds = {"model.decoder.layers.0.fc2": "linear"}
+    one = batch_of_two()
+    other = {**one, "decoder_input_ids": one["decoder_input_ids"].flip(1)}
+
+    def error(batches: list[dict[str, torch.Tensor]]) -> float:
+        found = allocate(model, kinds, batches, 10**6, candidates=lambda kind: [LayerSpec.at_rate(2.0)])
+        return found.weights[0].choice.error
+
+    known, unknown = error([one] * 4), error([one] * 3 + [other])
+    assert unknown > 1.5 * known
+    assert error([one] * 3) == pytest.approx(known, rel=1e-3)  # too few to hold any back
 
 
 def test_more_bytes_predict_less_loss(measured) -> None:

@@ -14,6 +14,7 @@ from usmlite.compress import Speech, compress, expected_bytes, training_targets
 from usmlite.errors import OutputError, RecipeError, UsmliteError
 from usmlite.evaluate import Evaluation
 from usmlite.load import load
+from usmlite.models import load_teacher
 from usmlite.recipe import Recipe, build_recipe, load_recipe
 
 TEXTS = ["hello", "good day", "a tree", "the sea", "no", "yes we go"]
@@ -81,8 +82,6 @@ def test_the_run_prints_a_plan_and_a_table_and_writes_a_report(run):
 
 
 def test_expected_bytes_are_those_of_the_file_but_for_its_header(run, model, speech, tmp_path):
-    from usmlite.models import load_teacher
-
     output = tmp_path / "run"
     plain = recipe(model, speech, spec={"entropy_coding": False}, training={"steps": 0})
     report = compress(plain, output)
@@ -94,7 +93,7 @@ def test_expected_bytes_are_those_of_the_file_but_for_its_header(run, model, spe
 
 def test_student_and_packed_model_are_the_same_model(run):
     output, _, _ = run
-    packed, student = load(output), load(output / "best")
+    packed, student = load(output, hold="float32"), load(output / "best")
     assert (packed.kind, student.kind) == ("packed", "student")
     features = torch.randn(1, 8, 3000)
     ids = torch.tensor([[257, 263, 40, 50]])
@@ -147,7 +146,7 @@ def test_a_target_size_is_met_and_its_spec_kept(model, speech, tmp_path):
     report = compress(plan, tmp_path / "run")
     assert 44_000 < report["packed_bytes"] <= 55_000
     written = (tmp_path / "run" / "spec.toml").read_bytes()
-    student, packed = load(tmp_path / "run" / "best"), load(tmp_path / "run")
+    student, packed = load(tmp_path / "run" / "best"), load(tmp_path / "run", hold="float32")
     features = torch.randn(1, 8, 3000)
     inputs = {"input_features": features, "decoder_input_ids": torch.tensor([[257, 263, 40]])}
     with torch.no_grad():
@@ -284,7 +283,7 @@ def test_corpora_in_capitals_become_sentences(model, tmp_path, speech):
     (folder / "a.txt").write_text("HE WENT HOME")
     plan = recipe(model, folder, data={"dev": None})
     spoken = Speech.load(plan)
-    targets, _ = training_targets(plan, None, spoken, tmp_path, Console(quiet=True))  # type: ignore[arg-type]
+    targets, _ = training_targets(plan, load_teacher(model), spoken, tmp_path, Console(quiet=True))
     assert [u.text for u in targets] == ["He went home"]
 
 

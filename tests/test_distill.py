@@ -3,7 +3,8 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from small_whisper import small_student, small_teacher
-from usmlite.distill import IGNORED, Distillation, LossWeights
+from usmlite.distill import Distillation, LossWeights
+from usmlite.network import IGNORED
 
 
 def inputs(adapter, teacher, seed: int = 0) -> dict[str, torch.Tensor]:

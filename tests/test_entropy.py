@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +13,10 @@ from hypothesis import strategies as st
 
 from usmlite import entropy
 from usmlite.entropy import Contexts
+from usmlite.kernels import native
+
+# NumPy's, and the native library's where there is one.
+DECODERS = ["reference", *native.paths()[:1]]
 
 
 def entropy_bytes(codes: np.ndarray) -> float:
@@ -24,12 +30,22 @@ def normal_codes(rng: np.random.Generator, bits: int, width: object, shape: tupl
     return np.clip(np.round(rng.normal(highest / 2, width, shape)), 0, highest).astype(np.uint8)
 
 
+def decode(
+    decoder: str, data: np.ndarray, bits: int, shape: tuple[int, int], tables: int, beside: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    with mock.patch.dict(os.environ, {native.VARIABLE: decoder}):
+        return entropy.decode(data, bits, shape, tables, beside)
+
+
 def comes_back(codes: np.ndarray, bits: int, contexts: Contexts, beside: np.ndarray | None = None) -> bool:
     data = entropy.encode(codes, bits, contexts, beside)
     assert data.dtype == np.uint8
     count = 0 if beside is None else len(beside)
-    found, others = entropy.decode(data, bits, codes.shape, contexts.tables, count)
-    return np.array_equal(found, codes) and (beside is None or np.array_equal(others, beside))
+    for decoder in DECODERS:
+        found, others = decode(decoder, data, bits, codes.shape, contexts.tables, count)
+        if not np.array_equal(found, codes) or (beside is not None and not np.array_equal(others, beside)):
+            return False
+    return True
 
 
 @settings(max_examples=100, deadline=None)
@@ -108,7 +124,17 @@ def test_rare_codes_survive_next_to_very_frequent_ones() -> None:
     assert comes_back(codes, 8, entropy.best_contexts(codes, 8))
 
 
-def test_altered_bytes_are_noticed() -> None:
+@pytest.mark.parametrize("rows", [1, 3, 4000])
+def test_steps_of_lanes_reach_over_rows(rows: int) -> None:
+    """More lanes than columns, and the other way round."""
+    rng = np.random.default_rng(rows)
+    codes = normal_codes(rng, 5, np.exp2(rng.uniform(-1, 2, (rows, 1))), (rows, 800_000 // rows))
+    levels = rng.integers(0, 4, rows).astype(np.uint8), rng.integers(0, 5, codes.shape[1]).astype(np.uint8)
+    assert comes_back(codes, 5, Contexts(levels[0], levels[1], 1, 5))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_altered_bytes_are_noticed(decoder: str) -> None:
     rng = np.random.default_rng(0)
     codes = normal_codes(rng, 4, np.exp2(rng.uniform(-2, 2, (80, 1))), (80, 100))
     contexts = entropy.best_contexts(codes, 4)
@@ -119,10 +145,61 @@ def test_altered_bytes_are_noticed() -> None:
         altered = data.copy()
         altered[place] ^= 0x55
         with contextlib.suppress(ValueError):
-            assert not np.array_equal(entropy.decode(altered, 4, shape, tables)[0], codes)
+            assert not np.array_equal(decode(decoder, altered, 4, shape, tables)[0], codes)
     for cut in (data[:3], data[:10], data[:200], data[:-2], data[:-1], np.concatenate([data, data[:2]])):
         with pytest.raises(ValueError, match=r"codes|early|end|levels|add up"):
-            entropy.decode(cut, 4, shape, tables)
+            decode(decoder, cut, 4, shape, tables)
+
+
+@pytest.mark.skipif(not native.paths(), reason="installed without the native library")
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_both_decoders_make_the_same_of_hostile_bytes(data: st.DataObject) -> None:
+    """The same codes, or the same refusal in the same words."""
+    bits, tables = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 64))
+    shape = data.draw(st.tuples(st.integers(1, 60), st.integers(1, 60)))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    levels = [rng.integers(0, 256, count).astype(np.uint8) for count in shape]
+    codes = rng.integers(0, 1 << bits, shape).astype(np.uint8)
+    contexts = Contexts(levels[0], levels[1], int(rng.integers(0, 256)), tables)
+    coded = entropy.encode(codes, bits, contexts)
+    # Behind the levels, which both read with the same code, and mostly behind the frequencies too.
+    first = 4 + int(coded[:4].view("<u4")[0])
+    for place in data.draw(st.lists(st.integers(first, len(coded) - 1), max_size=3)):
+        coded[place] ^= data.draw(st.integers(1, 255))
+    coded = coded[: data.draw(st.integers(0, len(coded)) | st.just(len(coded)))]
+    results: list[object] = []
+    for decoder in DECODERS:
+        try:
+            results.append(decode(decoder, coded, bits, shape, tables)[0].tolist())
+        except ValueError as error:
+            results.append(str(error))
+    assert results[0] == results[1]
+
+
+@pytest.mark.skipif(not native.paths(), reason="installed without the native library")
+def test_the_native_decoder_compares_all_sizes() -> None:
+    rng = np.random.default_rng(0)
+    levels = rng.integers(0, 3, 9).astype(np.uint8), rng.integers(0, 3, 50).astype(np.uint8)
+    frequencies = np.full((2, 16), 256)
+    stream = rng.integers(0, 256, 2000).astype(np.uint8)
+    for wrong in (
+        {"stream": stream[:100]},
+        {"stream": stream[:1999]},
+        {"stream": stream.astype(np.int64)},
+        {"frequencies": frequencies[:, :8]},
+        {"frequencies": frequencies[:0]},
+        {"frequencies": np.full((65, 16), 256)},
+        {"frequencies": frequencies - 300},
+        {"frequencies": frequencies + 65536},
+        {"bits": 0},
+        {"bits": 9},
+        {"lowest": -1},
+        {"lowest": 256},
+    ):
+        arguments = {"stream": stream, "frequencies": frequencies, "bits": 4, "levels": levels, "lowest": 1}
+        with pytest.raises(ValueError, match=r"codes|frequencies|expected|add up"):
+            native.decode_stream(**{**arguments, **wrong})  # type: ignore[arg-type]
 
 
 def test_levels_that_unfold_without_end_are_cut_off() -> None:

@@ -115,7 +115,16 @@ def test_times_sizes_and_the_machine(utterances: list[Utterance]) -> None:
     assert result.real_time_factor == pytest.approx(result.wall_seconds / result.audio_seconds)
     assert 20e6 < result.peak_memory_bytes < 100e9
     assert result.weights_bytes == 1_000
-    assert set(result.machine) == {"cpu", "cores", "torch_threads", "gpu", "os", "memory"}
+    assert set(result.machine) == {
+        "cpu",
+        "cores",
+        "torch_threads",
+        "kernels",
+        "gpu",
+        "os",
+        "memory",
+        "arithmetic",
+    }
     assert result.machine["cores"] >= 1
     assert set(result.versions) == {"python", "torch", "transformers", "jiwer", "numpy", "usmlite"}
 

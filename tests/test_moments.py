@@ -48,6 +48,60 @@ def test_moments_about_the_mean_do_not_cancel() -> None:
         assert torch.allclose(found.hessian.double(), rows.T @ rows / len(rows), rtol=1e-5)
 
 
+def test_one_huge_vector_does_not_outweigh_all_others() -> None:
+    torch.manual_seed(1)
+    inputs = torch.randn(1, 400, 6)
+    inputs[0, 7] *= 1000.0
+    batch = {"inputs": inputs, "both": torch.tensor(False)}
+    moments, _ = collect_moments(Shared(), ["first"], [batch])
+    found = moments["first"]
+    squares = inputs[0].square().sum(dim=1)
+    weights = (4.0 * squares.median() / squares).clamp(max=1.0)
+    assert weights[7] < 1e-4
+    assert found.count == pytest.approx(float(weights.sum()))
+    mean = (weights[:, None] * inputs[0]).sum(dim=0) / weights.sum()
+    assert torch.allclose(found.mean, mean, atol=1e-5)
+    centred = inputs[0] - mean
+    expected = (weights[:, None] * centred).T @ centred / weights.sum()
+    assert torch.allclose(found.covariance, expected, atol=1e-4)
+    assert float(found.covariance.diagonal().mean()) < 2.0
+
+
+def test_silence_counts_like_any_input() -> None:
+    inputs = torch.zeros(1, 10, 6)
+    inputs[0, 0] = 1.0
+    batch = {"inputs": inputs, "both": torch.tensor(False)}
+    moments, _ = collect_moments(Shared(), ["first"], [batch])
+    assert moments["first"].count == 10
+    assert torch.allclose(moments["first"].mean, torch.full((6,), 0.1))
+
+
+class Convolved(nn.Module):
+    """A convolution over frames; the batch brings as many tokens as the frames have channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(6, 3, 3)
+
+    def forward(self, inputs: torch.Tensor, decoder_attention_mask: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.first(inputs)
+        return out
+
+
+def test_channels_are_not_taken_for_tokens() -> None:
+    torch.manual_seed(2)
+    inputs = torch.randn(2, 6, 20)
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[1, 3:] = 0
+    model = Convolved()
+    batch = {"inputs": inputs, "decoder_attention_mask": mask}
+    moments, _ = collect_moments(model, ["first"], [batch])
+    rows = input_rows(model.first, inputs)
+    assert len(rows) == 36
+    weights = (4.0 * rows.square().sum(1).median() / rows.square().sum(1)).clamp(max=1.0)
+    assert moments["first"].count == pytest.approx(float(weights.sum()))
+
+
 def test_without_batches_there_is_nothing_to_measure() -> None:
     with pytest.raises(DataError, match="no batch"):
         collect_moments(Shared(), ["first"], [])

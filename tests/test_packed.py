@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from small_whisper import logits, small_student
+from usmlite import kernels
 from usmlite.errors import OutputError, PackedModelError
+from usmlite.kernels import native
 from usmlite.pack import pack
 from usmlite.packed import (
     HOLDS,
@@ -21,6 +23,8 @@ from usmlite.packed import (
     PackedEmbedding,
     PackedLinear,
     PackedPositions,
+    StoredWeight,
+    arithmetic,
     load_packed,
 )
 from usmlite.packfile import WeightsFile
@@ -49,11 +53,66 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
 @pytest.mark.parametrize("hold", HOLDS)
 def test_the_packed_model_computes_what_the_student_does(made: tuple[nn.Module, Path], hold: Hold) -> None:
     student, folder = made
-    model, adapter = load_packed(folder, hold=hold)
+    model, adapter = load_packed(folder, hold=hold, activations="float32")
     torch.testing.assert_close(logits(model), logits(student), rtol=1e-5, atol=1e-5)
     assert adapter.start == model.generation_config.decoder_start_token_id
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("hold", ["int8", "packed"])
+def test_rounded_activations_change_little(made: tuple[nn.Module, Path], hold: Hold) -> None:
+    student, folder = made
+    model, _ = load_packed(folder, hold=hold, activations="int8")
+    found, expected = logits(model), logits(student)
+    assert float((found - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.skipif(not native.paths(), reason="installed without the native library")
+def test_weights_are_prepared_once_and_again_after_a_change(made: tuple[nn.Module, Path]) -> None:
+    model, _ = load_packed(made[1], hold="int8")
+    expected = logits(model)
+    weight = model.proj_out.weight
+    assert isinstance(weight, StoredWeight)
+    assert isinstance(weight.operand, kernels.NativeWeight)
+    assert weight.operand is weight.operand
+    copied = copy.deepcopy(model)
+    assert copied.proj_out.weight.operand is not weight.operand
+    assert torch.equal(logits(copied), expected)
+    state = copied.state_dict()
+    copied.load_state_dict({name: torch.zeros_like(value) for name, value in state.items()})
+    assert not torch.equal(logits(copied), expected)
+    copied.load_state_dict(model.state_dict())
+    assert torch.equal(logits(copied), expected)
+
+
+def test_reports_can_tell_what_a_model_computes_with(
+    made: tuple[nn.Module, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expanded, _ = load_packed(made[1], hold="float32")
+    assert arithmetic(expanded) == "torch, float32"
+    assert arithmetic(expanded.bfloat16()) == "torch, bfloat16"
+    model, _ = load_packed(made[1], hold="packed", activations="int8")
+    if native.paths():
+        weights = sum(isinstance(module, StoredWeight) for module in model.modules())
+        values = sum(isinstance(layer, PackedLinear) for layer in model.modules() if "values" in str(layer))
+        assert values > 0
+        assert arithmetic(model) == (
+            f"native ({native.paths()[0]}), int8 activations; "
+            f"{values} of {weights} weights by the reference (float16 values)"
+        )
+    monkeypatch.setenv(native.VARIABLE, "reference")
+    model, _ = load_packed(made[1], hold="packed")
+    assert arithmetic(model) == "reference, float32 activations"
+
+
+@pytest.mark.parametrize("hold", HOLDS)
+def test_the_rest_of_the_model_may_have_another_dtype(made: tuple[nn.Module, Path], hold: Hold) -> None:
+    model, _ = load_packed(made[1], hold=hold)
+    expected = logits(model)
+    found = logits(model.bfloat16())
+    assert found.dtype == torch.bfloat16
+    assert float((found.float() - expected).norm() / expected.norm()) < 0.03
 
 
 def test_dense_weights_are_those_of_the_student(made: tuple[nn.Module, Path]) -> None:
@@ -199,10 +258,13 @@ def test_a_dense_model_is_not_packed(folder: Path) -> None:
         ({"d_model": "24"}, "does not describe a model"),
         ({"vocab_size": 1 << 62}, "does not describe a model|contradicts"),
         ({"encoder_layers": 10**9}, "encoder_layers of at most"),
+        ({"max_source_positions": 256}, "max_source_positions of 1500"),
+        ({"activation_dropout": 1e300}, "activation_dropout from 0 to 1"),
+        ({"encoder_attention_heads": -1}, "encoder_attention_heads of at least 1"),
         ({"decoder_layers": -1}, "decoder_layers of at most"),
         ({"encoder_layers": 2}, "missing"),
         ({"encoder_attention_heads": 0}, "does not describe a model"),
-        ({"max_source_positions": 1 << 40}, "cannot be computed"),
+        ({"max_source_positions": 1 << 40}, "max_source_positions of 1500"),
         ({"model_type": "llama"}, "found 'llama'"),
         ({"model_type": None}, "model_type 'whisper'"),
     ],

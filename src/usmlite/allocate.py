@@ -26,8 +26,8 @@ from usmlite import entropy
 from usmlite import quantize as q
 from usmlite.errors import SpecError
 from usmlite.fisher import FISHER_BATCHES, output_fisher
-from usmlite.models import IGNORED
 from usmlite.moments import Moments, collect_moments
+from usmlite.network import SEQUENCE_TO_SEQUENCE, Batch, Network
 from usmlite.solve import DAMPING, Problem, corrected_bias, drafts, relative_error
 from usmlite.spec import NM, TABLES, Int, LayerSpec, Rule
 from usmlite.student import from_matrix, to_matrix
@@ -51,6 +51,8 @@ _CODED_MARGIN, _TABLE_MARGIN = 1.01, 1.003
 _PROBE = Int(3)
 # Batches on which the rise of the loss is measured: a few hundred words.
 _LOSS_BATCHES = 2
+# One of so many batches judges the roundings that the others were for.
+_HELD_PART = 4
 # Steps of the budget that the solver tells apart; each candidate's bytes are rounded up to one.
 _STEPS = 20_000
 # Below this a probe's error says nothing.
@@ -225,9 +227,10 @@ def _grid(bits: int) -> Any:
 def allocate(
     model: nn.Module,
     kinds: Mapping[str, str],
-    batches: Sequence[Mapping[str, Tensor]],
+    batches: Sequence[Batch],
     budget: int,
     *,
+    network: Network = SEQUENCE_TO_SEQUENCE,
     candidates: Callable[[str], Sequence[LayerSpec]] = default_candidates,
     coded: bool = True,
     octaves: Mapping[str, Tensor] | None = None,
@@ -239,8 +242,9 @@ def allocate(
     Args:
         model: the dense model, a Transformers class; its weights are exchanged one by one and put back.
         kinds: module name to kind, of the weights to choose for.
-        batches: as for `calibrate`, with "labels" (the scored positions).
+        batches: as for `calibrate`, with scored places.
         budget: bytes for these weights together, in the packed file.
+        network: how the model is run.
         candidates: what weights of a kind may become.
         coded: count codes as entropy coding will store them, not with a fixed width.
         octaves: as for `make_student`.
@@ -256,19 +260,28 @@ def allocate(
         ModelError: the model's activations are not finite.
     """
     tell = progress or (lambda stage, done, total: None)
+    # Errors on the very inputs that a rounding was fitted to flatter it, up to tenfold where words are few.
+    held = len(batches) // _HELD_PART
+    fitted = batches[: len(batches) - held]
     moments, _ = collect_moments(
-        model, list(kinds), batches, autocast=autocast,
-        progress=lambda done, total: tell("moments", done, total or done),
+        model, list(kinds), fitted, network=network, autocast=autocast,
+        progress=lambda done, total: tell("moments", done, len(batches)),
     )  # fmt: skip
+    judged = moments
+    if held:
+        judged, _ = collect_moments(
+            model, list(kinds), batches[len(fitted) :], network=network, autocast=autocast,
+            progress=lambda done, total: tell("moments", len(fitted) + done, len(batches)),
+        )  # fmt: skip
     felt = [name for name, kind in kinds.items() if kind not in TABLES]
     rows = output_fisher(
-        model, felt, batches[:FISHER_BATCHES], autocast=autocast,
+        model, felt, batches[:FISHER_BATCHES], network=network, autocast=autocast,
         progress=lambda done, total: tell("gradients", done, total),
     )  # fmt: skip
-    loss = _Loss(model, batches[:_LOSS_BATCHES], autocast)
+    loss = _Loss(model, batches[:_LOSS_BATCHES], autocast, network)
     sensitivities = {}
     for name in kinds:
-        sensitivities[name] = _sensitivity(model.get_submodule(name), moments[name], rows.get(name), loss)
+        sensitivities[name] = _sensitivity(model.get_submodule(name), judged[name], rows.get(name), loss)
         tell("sensitivity", len(sensitivities), len(kinds))
     weights = []
     for name, kind in kinds.items():
@@ -278,7 +291,9 @@ def allocate(
             coarser = (octaves or {}).get(f"{name}.weight")
             found = _measured_table(module, moments[name], specs, coarser, loss, coded)
         else:
-            found = _measured(module, moments[name], rows.get(name), specs, sensitivities[name], coded)
+            problem = _problem(module, moments[name], rows.get(name))
+            cost = _problem(module, judged[name], rows.get(name)).cost
+            found = _measured(problem, cost, specs, sensitivities[name], coded)
         shape = tuple(cast(Tensor, module.weight).shape)
         weights.append(WeightAllocation(name, kind, shape, sensitivities[name], _front(found), 0))
         tell("candidates", len(weights), len(kinds))
@@ -339,15 +354,9 @@ def _front(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
 
 @torch.no_grad()
 def _measured(
-    module: nn.Module,
-    moments: Moments,
-    rows: Tensor | None,
-    specs: Sequence[LayerSpec],
-    sensitivity: float,
-    coded: bool,
+    problem: Problem, cost: Tensor, specs: Sequence[LayerSpec], sensitivity: float, coded: bool
 ) -> Iterator[Candidate]:
-    """The candidates of one weight, from the errors of some of its rows."""
-    problem = _problem(module, moments, rows)
+    """The candidates of one weight, from the errors of some of its rows, which cost what `cost` says."""
     matrix = problem.matrix
     sample = torch.linspace(0, len(matrix) - 1, min(len(matrix), _SAMPLE_ROWS)).round().long()
     counts = None if problem.rows is None else problem.rows[sample]
@@ -359,7 +368,7 @@ def _measured(
     solutions = drafts(matrix[sample], problem.hessian, tries, damping=problem.damping)
     for spec, (scale, columns), solution in zip(specs, scales, solutions, strict=True):
         values = solution.values if columns is None else solution.values * columns
-        error = relative_error(matrix[sample], values, problem.cost, counts)
+        error = relative_error(matrix[sample], values, cost, counts)
         size = spec.bytes(*matrix.shape)
         if coded and spec.quant is not None and solution.scale is not None:
             codes = q.quantize(solution.values, solution.scale, solution.zero, spec.quant, spec.group)
@@ -474,15 +483,18 @@ def _problem(module: nn.Module, moments: Moments, rows: Tensor | None) -> Proble
 class _Loss:
     """How far the model's words are from the dense model's, on a few batches.
 
-    The encoder's states are kept: most weights are a decoder's, and leave them as they are.
+    The encoder's states are kept: weights of a decoder leave them as they are.
     """
 
     def __init__(
-        self, model: nn.Module, batches: Sequence[Mapping[str, Tensor]], autocast: torch.dtype | None
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        autocast: torch.dtype | None,
+        network: Network = SEQUENCE_TO_SEQUENCE,
     ) -> None:
-        self.model, self.batches, self.autocast = model, batches, autocast
-        self.encoder: nn.Module = cast(Any, model).get_encoder()
-        self.inside = {id(module) for module in self.encoder.modules()}
+        self.model, self.batches, self.network, self.autocast = model, batches, network, autocast
+        self.inside = {id(module) for module in network.encoder(model).modules()}
         self.states = [self._states(batch) for batch in batches]
         self.words: list[Tensor] = []
         self.entropies: list[Tensor] = []
@@ -504,30 +516,22 @@ class _Loss:
         return max(0.0, total / len(self.batches))
 
     @torch.no_grad()
-    def _states(self, batch: Mapping[str, Tensor]) -> Tensor:
-        with self._running() as device:
-            return cast(Tensor, self.encoder(batch["input_features"].to(device)).last_hidden_state)
+    def _states(self, batch: Batch) -> Tensor:
+        with self._running(batch) as moved:
+            return self.network.states(self.model, moved)
 
     @torch.no_grad()
-    def _logits(self, batch: Mapping[str, Tensor], states: Tensor) -> Tensor:
-        """At the scored positions, float32 `[positions, vocabulary]`."""
-        model: Any = self.model
-        with self._running() as device:
-            rest = {
-                name: value.to(device)
-                for name, value in batch.items()
-                if name not in ("input_features", "labels")
-            }
-            out = model.base_model(**rest, encoder_outputs=(states,), use_cache=False).last_hidden_state
-            logits = model.get_output_embeddings()(out[batch["labels"].to(device) != IGNORED])
-        return cast(Tensor, logits.float())
+    def _logits(self, batch: Batch, states: Tensor) -> Tensor:
+        """At the scored places, float32 `[scored, vocabulary]`."""
+        with self._running(batch) as moved:
+            return self.network.logits(self.model, moved, states).float()
 
     @contextmanager
-    def _running(self) -> Iterator[torch.device]:
+    def _running(self, batch: Batch) -> Iterator[Batch]:
         device, was_training = next(self.model.parameters()).device, self.model.training
         self.model.eval()
         with torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            yield device
+            yield {name: value.to(device) for name, value in batch.items()}
         self.model.train(was_training)
 
 

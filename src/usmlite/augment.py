@@ -5,6 +5,8 @@ Changes of speed are made where audio is read (`audio.load_audio`): they change 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -40,25 +42,43 @@ def _low_pass(white: np.ndarray, color: float) -> np.ndarray:
     return out
 
 
-def spec_augment(features: Tensor, generator: torch.Generator) -> Tensor:
+def spec_augment(features: Tensor, generator: torch.Generator, channel_axis: int | None = 1) -> Tensor:
     """Silences two bands of frequency and five stretches of time (SpecAugment, arXiv 1904.08779).
 
     Args:
-        features: float `[batch, mels, frames]`; not changed.
+        features: float `[batch, mels, frames]` or `[batch, frames, mels]`, or samples `[batch, samples]`, of
+            which bands of the whole window's spectrum are silenced; not changed.
         generator: on the CPU.
+        channel_axis: where the mel bins are; None for samples.
 
     Returns:
         A masked copy; masked places have the window's mean.
     """
-    out = features.clone()
-    batch, mels, frames = features.shape
-    for row in range(batch):
-        fill = features[row].mean()
-        for axis, count, widest in ((0, 2, mels // 6), (1, 5, frames // 40)):
+    if channel_axis is None:
+        spectrum = torch.view_as_real(torch.fft.rfft(features.float()))
+        bands = _masked(spectrum, generator, ((0, 2, spectrum.shape[1] // 6),), fill=0.0)
+        samples = torch.fft.irfft(torch.view_as_complex(bands), features.shape[1]).to(features.dtype)
+        return _masked(samples, generator, ((0, 5, features.shape[1] // 40),))
+    mels, frames = features.shape[channel_axis], features.shape[3 - channel_axis]
+    axes = ((channel_axis - 1, 2, mels // 6), (2 - channel_axis, 5, frames // 40))
+    return _masked(features, generator, axes)
+
+
+def _masked(
+    values: Tensor,
+    generator: torch.Generator,
+    axes: Iterable[tuple[int, int, int]],
+    fill: float | None = None,
+) -> Tensor:
+    """A copy with stretches of each row silenced: axis, how many, the widest; None fills with the mean."""
+    out = values.clone()
+    for row, original in zip(out, values, strict=True):
+        silence = original.mean() if fill is None else torch.tensor(fill, device=values.device)
+        for axis, count, widest in axes:
             for _ in range(count):
                 width = int(torch.randint(0, widest + 1, (), generator=generator))
-                start = int(torch.randint(0, (mels, frames)[axis] - width + 1, (), generator=generator))
-                out[row].narrow(axis, start, width).copy_(fill)
+                start = int(torch.randint(0, row.shape[axis] - width + 1, (), generator=generator))
+                row.narrow(axis, start, width).copy_(silence)
     return out
 
 

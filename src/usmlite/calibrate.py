@@ -16,7 +16,7 @@ Used alone this is post-training compression; before fine-tuning it is a better 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
@@ -27,6 +27,7 @@ from usmlite import quantize as q
 from usmlite.errors import ModelError, SpecError
 from usmlite.fisher import FISHER_BATCHES, output_fisher
 from usmlite.moments import Moments, collect_moments
+from usmlite.network import SEQUENCE_TO_SEQUENCE, Batch, Network
 from usmlite.solve import DAMPING, Problem, corrected_bias, importance_of, relative_error, solve
 from usmlite.student import (
     CompressedLayer,
@@ -50,7 +51,7 @@ class LayerCalibration:
         spec: the layer spec, as text.
         rows: output channels.
         columns: inputs.
-        samples: input vectors seen.
+        samples: input vectors seen, by their weights (`moments`).
         error_before: ||(W - What) X||^2 / ||W X||^2 of the student as it came, What its compressed weight; X
             less its mean where the layer has a bias, which takes up what goes wrong on the mean.
         error_after: the same after calibration.
@@ -102,8 +103,9 @@ class CalibrationReport:
 def calibrate(
     student: nn.Module,
     teacher: nn.Module,
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Iterable[Batch],
     *,
+    network: Network = SEQUENCE_TO_SEQUENCE,
     method: Method = "hessian",
     damping: float = DAMPING,
     autocast: torch.dtype | None = None,
@@ -123,6 +125,7 @@ def calibrate(
             `[batch, mels, 3000]` and "decoder_input_ids" int64 `[batch, tokens]`. Decoder positions
             that "decoder_attention_mask" (0) rules out, or, without it, those after the last label of
             "labels" that is not -100, are not counted. Labels do not reach the model.
+        network: how the models are run, and so what batches have and which places count.
         method: how layers are started; see the module's text.
         damping: what is added to the Hessian's diagonal, as a share of its mean.
         autocast: the dtype the teacher runs in (bfloat16 is fast where the processor has it), None
@@ -147,7 +150,7 @@ def calibrate(
     layers = dict(compressed_layers(student))
     for name, layer in layers.items():
         _check(teacher, name, layer)
-    first: list[Mapping[str, Tensor]] = []
+    first: list[Batch] = []
     if isinstance(batches, Sequence):
         first.extend(batches[:FISHER_BATCHES])
     else:
@@ -156,6 +159,7 @@ def calibrate(
         teacher,
         list(layers),
         batches,
+        network=network,
         autocast=autocast,
         progress=None if progress is None else lambda done, total: progress("teacher", done, total),
     )
@@ -164,7 +168,7 @@ def calibrate(
     rows: dict[str, Tensor] = {}
     if method == "hessian" and all("labels" in batch for batch in first):
         felt = [name for name in rated if not moments[name].is_table]
-        rows = output_fisher(teacher, felt, first, autocast=autocast) if felt else {}
+        rows = output_fisher(teacher, felt, first, network=network, autocast=autocast) if felt else {}
     teacher_seconds = time.perf_counter() - started
     done = []
     for name, layer in layers.items():
@@ -175,9 +179,7 @@ def calibrate(
     return CalibrationReport(method, tuple(done), count, teacher_seconds, time.perf_counter() - started)
 
 
-def _remembered(
-    batches: Iterable[Mapping[str, Tensor]], first: list[Mapping[str, Tensor]]
-) -> Iterator[Mapping[str, Tensor]]:
+def _remembered(batches: Iterable[Batch], first: list[Batch]) -> Iterator[Batch]:
     """The batches; `first` is given those that the Fisher information is computed from."""
     for batch in batches:
         if len(first) < FISHER_BATCHES:
@@ -266,6 +268,6 @@ def _start(
         bias += (whole - compressed) @ moments.mean.to(weight.device)
     after = relative_error(whole, compressed, problem.hessian)
     return LayerCalibration(
-        name, str(spec), whole.shape[0], whole.shape[1], moments.count, before, after, used,
+        name, str(spec), whole.shape[0], whole.shape[1], round(moments.count), before, after, used,
         time.perf_counter() - started, "; ".join(notes),
     )  # fmt: skip

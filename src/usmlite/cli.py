@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # as shells report a program ended by Ctrl-C
 BROKEN_PIPE = 141  # and by SIGPIPE
 HOLDS = ("float32", "int8", "packed")
+ACTIVATIONS = ("int8", "float32")
 FORMATS = ("txt", "json", "srt", "vtt")
 REPORTS = ("html", "md", "json", "latex")
 
@@ -54,8 +55,9 @@ the usual way through:
   usmlite sweep int4.toml int3.toml --data speech/ --test test.jsonl --out study/
   usmlite report small/ study/ --out report.html
 
-MODEL is a name (tiny.en, base, or tiny.en-small, which comes along), a Whisper directory of Transformers or
-CTranslate2 (faster-whisper), a hub id such as openai/whisper-base, or what `usmlite compress` wrote.
+MODEL is a name (tiny.en, base, or tiny.en-small, which comes along), a directory of Transformers with a
+Whisper or an encoder with a CTC head (wav2vec 2.0, HuBERT, Parakeet, ...), a Whisper directory of CTranslate2
+(faster-whisper), a hub id such as openai/whisper-base, or what `usmlite compress` wrote.
 
 Every command explains itself: usmlite COMMAND --help. Errors in what you give it end with exit code 2.
 """
@@ -360,8 +362,14 @@ def _add_demo(commands: Any) -> None:
 
 def _add_hold(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--hold", choices=HOLDS, default="float32",
-        help="a packed model's weights in memory: float32 is fastest, packed is smallest (default: float32)",
+        "--hold", choices=HOLDS, default=None,
+        help="a packed model's weights in memory: int8 is fastest, packed is smallest (default: int8, or "
+        "float32 where usmlite was installed without its native library)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--activations", choices=ACTIVATIONS, default=ACTIVATIONS[0],
+        help="what the native library multiplies int8 and packed weights by: int8 is fastest, float32 "
+        f"changes nothing but the order of sums (default: {ACTIVATIONS[0]})",
     )  # fmt: skip
 
 
@@ -655,7 +663,8 @@ def _run_evaluate(arguments: argparse.Namespace) -> int:
     console.print(
         f"{found.name}: {found.substitutions} words substituted, {found.deletions} deleted, "
         f"{found.insertions} inserted, of {found.reference_words}; {found.audio_seconds / 60:.1f} minutes of "
-        f"speech in {found.wall_seconds:.1f} s; peak memory {found.peak_memory_bytes / 1e6:,.0f} MB",
+        f"speech in {found.wall_seconds:.1f} s with {found.machine['arithmetic']}; "
+        f"peak memory {found.peak_memory_bytes / 1e6:,.0f} MB",
         markup=False,
     )
     if difference is not None:
@@ -675,9 +684,10 @@ def _evaluated(
     from usmlite.evaluate import evaluate
     from usmlite.info import dense_float32_bytes
     from usmlite.load import load
+    from usmlite.packed import arithmetic
     from usmlite.tables import ComparisonRow
 
-    recognizer = load(source, hold=arguments.hold)
+    recognizer = load(source, hold=arguments.hold, activations=arguments.activations)
     with _bar(f"Evaluating {source}") as progress:
         found = evaluate(
             recognizer.transcribe_batch,
@@ -685,6 +695,7 @@ def _evaluated(
             name=recognizer.name,
             weights_bytes=recognizer.weights_bytes,
             batch_size=arguments.batch_size,
+            arithmetic=arithmetic(recognizer.model),
             progress=lambda done, total: progress(done / total),
         )
     return found, ComparisonRow.of(found, dense_float32_bytes(recognizer.adapter.config))
@@ -726,7 +737,7 @@ def _run_transcribe(arguments: argparse.Namespace) -> int:
     _quiet_libraries()
     from usmlite.load import load
 
-    recognizer = load(arguments.source, hold=arguments.hold)
+    recognizer = load(arguments.source, hold=arguments.hold, activations=arguments.activations)
     several = len(arguments.files) > 1
     bad: list[UsmliteError] = []
     with _bar("Transcribing") as progress:

@@ -23,11 +23,11 @@ from usmlite import student as students
 from usmlite import tables
 from usmlite.allocate import CANDIDATES, Allocation, allocate, choose, read_weights
 from usmlite.atomic import write_bytes, write_json
-from usmlite.audio import WINDOW_SECONDS
+from usmlite.audio import SAMPLE_RATE, WINDOW_SECONDS
 from usmlite.calibrate import calibrate
 from usmlite.checkpoint import CheckpointFolder, load_student, save_student
 from usmlite.data import Utterance, describe_corpus, load_corpus, usable_for_training
-from usmlite.errors import OutputError, RecipeError, UsmliteError
+from usmlite.errors import DataError, OutputError, RecipeError, UsmliteError
 from usmlite.evaluate import Evaluation, compare, describe_machine, describe_versions, evaluate
 from usmlite.histograms import weight_histograms
 from usmlite.load import (
@@ -46,8 +46,9 @@ from usmlite.load import (
     student_options,
 )
 from usmlite.mixture import learn_allocation
-from usmlite.models import Teacher, TimedText, load_teacher
+from usmlite.models import Adapter, Teacher, TimedText, load_teacher
 from usmlite.pack import pack
+from usmlite.packed import arithmetic
 from usmlite.recipe import Recipe, load_recipe, recipe_to_dict, recipe_to_toml
 from usmlite.report import read_report
 from usmlite.runtime import Recognizer
@@ -57,8 +58,12 @@ from usmlite.transcripts import transcribe_corpus, with_targets
 MIXTURE_FILE = "allocation-mixture.json"
 # What a stored tensor takes in the header of the packed file, and into how many a weight is cut; about.
 _HEADER_BYTES, _PARTS = 140, 3
+# Utterances that are named where some are left out.
+_MOST_NAMED = 10
 # Rules that the plan shows one by one.
 _MOST_RULES = 12
+# Windows that the teacher decodes side by side for calibration, and those of a batch of it.
+_DECODED, _CALIBRATION_BATCH = 16, 4
 
 
 def compress(
@@ -94,8 +99,11 @@ def compress(
     with processes.main_process_first():
         claim(output, recipe)
     teacher = load_teacher(recipe.model.source)
+    check_decoder(recipe, teacher.adapter)
     teacher.adapter.centre(teacher.model)
-    speech = Speech.load(recipe)
+    speech = Speech.load(recipe, shortest=teacher.adapter.shortest)
+    if recipe.training.steps and recipe.data.targets == "text":
+        check_letters(as_written(speech.train, teacher.adapter), teacher.adapter)  # not after an hour's work
     with processes.main_process_first():
         spec = choose_spec(recipe, teacher, speech, output, console, shared=shared)
     console.print(plan(recipe, spec, teacher, speech), markup=False)
@@ -149,19 +157,26 @@ class Speech:
 
     Attributes:
         train: utterances that fit a training window.
-        too_long: how many did not.
+        unusable: how many were longer than that, or shorter than a frame of the model.
         dev_part: the part of dev that checkpoints are chosen on; empty without dev.
         test: what the final table is measured on: test, else the part of dev; empty without both.
+        calibration: the batches that `calibration_batches` made, None before.
     """
 
+    calibration: list[dict[str, Tensor]] | None = None
+
     def __init__(
-        self, train: list[Utterance], too_long: int, dev_part: list[Utterance], test: list[Utterance]
+        self, train: list[Utterance], unusable: int, dev_part: list[Utterance], test: list[Utterance]
     ):
-        self.train, self.too_long, self.dev_part, self.test = train, too_long, dev_part, test
+        self.train, self.unusable, self.dev_part, self.test = train, unusable, dev_part, test
 
     @classmethod
-    def load(cls, recipe: Recipe) -> Speech:
+    def load(cls, recipe: Recipe, *, shortest: float = 0.0) -> Speech:
         """Reads the manifests and checks that what the recipe needs is there.
+
+        Args:
+            recipe: see `recipe.DataRecipe`.
+            shortest: seconds that an utterance must last to be trained on.
 
         Raises:
             RecipeError: no training speech although the recipe needs some.
@@ -177,19 +192,21 @@ class Speech:
                 "--no-finetune --start magnitude, which needs none.",
             )
         everything = load_corpus(data.train, require_text=data.targets == "text") if data.train else []
-        train, too_long = usable_for_training(everything)
+        short_enough, _ = usable_for_training(everything)
+        train = [utterance for utterance in short_enough if utterance.duration >= shortest]
+        unusable = len(everything) - len(train)
         if needs and not train:
             raise RecipeError(
                 "no usable speech",
                 where=f"data.train: {data.train}",
-                expected="utterances of at most 30 s",
-                found=f"{len(too_long)} longer ones",
-                remedy="Cut them at pauses.",
+                expected=f"utterances of {shortest:g} to 30 s",
+                found=f"{unusable} longer or shorter ones",
+                remedy="Cut long ones at pauses.",
             )
         dev = load_corpus(data.dev, require_text=True) if data.dev else []
         dev_part = spread_out(dev, recipe.training.eval_utterances)
         test = load_corpus(data.test, require_text=True) if data.test else dev_part
-        return cls(train, len(too_long), dev_part, test)
+        return cls(train, unusable, dev_part, test)
 
     def describe(self) -> dict[str, Any]:
         """How much speech there was of each kind, and its checksum; see `data.describe_corpus`."""
@@ -240,6 +257,21 @@ def claim(output: Path, recipe: Recipe) -> None:
         write_bytes(marker, recipe_to_toml(recipe).encode())
     except OSError as error:
         raise OutputError("cannot use the output directory", where=output, found=error.strerror) from None
+
+
+def check_decoder(recipe: Recipe, adapter: Adapter) -> None:
+    """Refuses settings that speak of a decoder where the model has none.
+
+    Raises:
+        RecipeError: there is such a setting.
+    """
+    settings = {"data.swapped": recipe.data.swapped, "training.attention": recipe.training.ever("attention")}
+    for name, value in settings.items():
+        if value and not adapter.has_decoder:
+            raise RecipeError(
+                "the model has no decoder", where=name, expected="0", found=value,
+                remedy="Leave it out: the text so far is no input of an encoder with a CTC head.",
+            )  # fmt: skip
 
 
 def choose_spec(
@@ -332,8 +364,9 @@ def _allocate(
         return allocate(
             teacher.model,
             kinds,
-            list(calibration_batches(recipe, teacher, speech)),
+            calibration_batches(recipe, teacher, speech),
             budget,
+            network=teacher.adapter.network,
             candidates=CANDIDATES[recipe.spec.candidates if recipe.spec.entropy_coding else "integer"],
             coded=recipe.spec.entropy_coding,
             octaves=teacher.adapter.octaves(),
@@ -369,6 +402,7 @@ def _learned(
             steps=steps,
             seed=recipe.training.seed,
             state_file=output / MIXTURE_FILE,
+            network=teacher.adapter.network,
             octaves=teacher.adapter.octaves(),
             autocast=torch.bfloat16 if precision == "bf16" else None,
             progress=progress,
@@ -404,7 +438,11 @@ def plan(recipe: Recipe, spec: CompressionSpec, teacher: Teacher, speech: Speech
         f"Packed    about {size / 1e6:.2f} MB, {100 * size / teacher.float32_bytes:.2f} % of float32"
         + (", before entropy coding" if recipe.spec.entropy_coding else ""),
         f"Speech    {len(speech.train)} utterances, {hours:.2f} h"
-        + (f" ({speech.too_long} longer than 30 s left out)" if speech.too_long else ""),
+        + (
+            f" ({speech.unusable} longer than 30 s or shorter than a frame left out)"
+            if speech.unusable
+            else ""
+        ),
         f"Start     {recipe.student.start}",
     ]
     if steps:
@@ -434,16 +472,71 @@ def training_targets(
     The teacher's transcripts are kept in `folder`, unless the recipe names a file.
     """
     if recipe.data.targets == "text":
-        # Whisper was not trained to shout: corpora in capitals become sentences.
-        return [
-            replace(u, text=u.text.capitalize()) if u.text and u.text.isupper() else u for u in speech.train
-        ], 0
+        return learnable(as_written(speech.train, teacher.adapter), teacher.adapter, console), 0
     path = Path(recipe.data.transcripts) if recipe.data.transcripts else folder / "transcripts.jsonl"
     with _bar(console, "Teacher transcribes", len(speech.train)) as progress:
         texts = transcribe_corpus(
             quick_recognizer(teacher.model, teacher, recipe), speech.train, path, progress=progress
         )
-    return with_targets(speech.train, texts, max_wer=recipe.data.max_wer)
+    targets, left_out = with_targets(speech.train, texts, max_wer=recipe.data.max_wer)
+    if not targets:
+        raise DataError(
+            "the teacher got every utterance wrong",
+            where="data.train",
+            expected=f"transcripts within a WER of {recipe.data.max_wer:g} of the corpus text, and not empty",
+            remedy="Check that model and texts are of one language, or train on the corpus text "
+            "(--targets text).",
+        )
+    return learnable(targets, teacher.adapter, console), left_out
+
+
+def as_written(utterances: Sequence[Utterance], adapter: Adapter) -> list[Utterance]:
+    """The utterances with their texts as the model's family writes."""
+    return [replace(u, text=adapter.written(u.text or "")) for u in utterances]
+
+
+def check_letters(utterances: Sequence[Utterance], adapter: Adapter) -> None:
+    """Refuses texts that the model cannot write.
+
+    Raises:
+        DataError: texts have letters that the tokenizer lacks.
+    """
+    lacking = adapter.unwritable("".join(utterance.text or "" for utterance in utterances))
+    if lacking:
+        example = next(u.id for u in utterances if any(letter in (u.text or "") for letter in lacking))
+        raise DataError(
+            "the tokenizer lacks letters of the transcripts",
+            where=f"data.train: {example} and perhaps others",
+            expected="letters of the model's vocabulary",
+            found=" ".join(lacking),
+            remedy="Write numbers out and correct such letters, or train on the teacher's own transcripts "
+            "(--targets teacher).",
+        )
+
+
+def learnable(utterances: Sequence[Utterance], adapter: Adapter, console: Console) -> list[Utterance]:
+    """The utterances whose texts (as written) the model can learn; says which ones are too long.
+
+    Raises:
+        DataError: texts have letters that the tokenizer lacks, or none can be learned.
+    """
+    check_letters(utterances, adapter)
+    kept = [u for u in utterances if adapter.fits(u.text or "", u.duration)]
+    if len(kept) < len(utterances):
+        fitting = {u.id for u in kept}
+        long = [u.id for u in utterances if u.id not in fitting]
+        named = ", ".join(long[:_MOST_NAMED]) + (" ..." if len(long) > _MOST_NAMED else "")
+        console.print(
+            f"{len(long)} utterances left out: their texts are too long for the frames of their audio: "
+            f"{named}",
+            markup=False,
+        )
+        if not kept:
+            raise DataError(
+                "no text is short enough for its audio", where="data.train", found=named,
+                remedy="Check that the texts are those of the audio.",
+            )  # fmt: skip
+    return kept
 
 
 def start_student(
@@ -469,6 +562,7 @@ def start_student(
             student,
             teacher.model,
             windows,
+            network=adapter.network,
             method=recipe.student.start,  # type: ignore[arg-type]
             autocast=_calibration_autocast(recipe),
             progress=lambda stage, done, total: progress(done, total or done),
@@ -478,21 +572,30 @@ def start_student(
     return student, found.to_dict()
 
 
-def calibration_batches(recipe: Recipe, teacher: Teacher, speech: Speech) -> Iterator[dict[str, Tensor]]:
-    """Windows of training speech with the teacher's own words for them, as forward inputs."""
-    dataset = training.TrainingWindows(speech.train, recipe)
-    adapter, batch = teacher.adapter, 4
-    for low in range(0, recipe.student.calibration, batch):
-        indices = range(low, min(low + batch, recipe.student.calibration))
-        rows = [dataset[index] for index in indices]
-        features = adapter.features(torch.stack([row[0] for row in rows]))
+def calibration_batches(recipe: Recipe, teacher: Teacher, speech: Speech) -> list[dict[str, Tensor]]:
+    """Windows of training speech with the teacher's own words for them, as forward inputs; made once."""
+    if speech.calibration is None:
+        speech.calibration = list(_calibration_batches(recipe, teacher, speech))
+    return speech.calibration
+
+
+def _calibration_batches(recipe: Recipe, teacher: Teacher, speech: Speech) -> Iterator[dict[str, Tensor]]:
+    dataset, adapter = training.TrainingWindows(speech.train, recipe), teacher.adapter
+    language = recipe.data.language
+    for low in range(0, recipe.student.calibration, _DECODED):
+        rows = [dataset[index] for index in range(low, min(low + _DECODED, recipe.student.calibration))]
+        samples = torch.stack([row[0] for row in rows])
+        seconds = [max((text.end for text in row[1]), default=0.0) for row in rows]
         if recipe.data.targets == "text":
             texts = [row[1] for row in rows]
         else:
-            decoded = adapter.decode(teacher.model, features, language=recipe.data.language)
+            heard = [row[: round(end * SAMPLE_RATE)] for row, end in zip(samples, seconds, strict=True)]
+            decoded = adapter.transcribe(teacher.model, heard, language=language)
             texts = [[TimedText(0.0, WINDOW_SECONDS, out.text)] for out in decoded]
-        ids, labels = adapter.targets(texts, timestamps=[False] * len(rows), language=recipe.data.language)
-        yield {"input_features": features, "decoder_input_ids": ids, "labels": labels}
+        for first in range(0, len(rows), _CALIBRATION_BATCH):
+            part = slice(first, first + _CALIBRATION_BATCH)
+            written = adapter.teach(texts[part], timestamps=[False] * len(texts[part]), language=language)
+            yield {**adapter.hear(samples[part], seconds[part]), **written}
 
 
 def dev_wer(
@@ -511,8 +614,18 @@ def quick_recognizer(model: nn.Module, teacher: Teacher, recipe: Recipe) -> Reco
     """The model in bf16 if the recipe allows it and the device is fast at it, for what is not reported."""
     device = next(model.parameters()).device
     if training.autocast_precision(recipe.training.precision, device) == "bf16":
-        model = copy.deepcopy(model).bfloat16()
+        model = in_bfloat16(model)
     return Recognizer(model, teacher.adapter, name=teacher.source, kind="dense", weights_bytes=0)
+
+
+def in_bfloat16(model: nn.Module) -> nn.Module:
+    """A copy in bf16, but for the positions that it computes: three digits are too few for them."""
+    small = copy.deepcopy(model).bfloat16()
+    for module, original in zip(small.modules(), model.modules(), strict=True):
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):  # its statistics must be like its input
+            for name, buffer in original.named_buffers(recurse=False):
+                setattr(module, name, buffer.clone())
+    return small
 
 
 def measure(
@@ -525,6 +638,7 @@ def measure(
             utterances,
             name=recognizer.kind,
             weights_bytes=recognizer.weights_bytes,
+            arithmetic=arithmetic(recognizer.model),
             progress=progress,
         )
     write_json(output / f"evaluation-{recognizer.kind}.json", found.to_json())
@@ -561,7 +675,8 @@ def make_report(
 
 def _summary(found: Evaluation) -> dict[str, Any]:
     whole = found.to_json()
-    return {key: value for key, value in whole.items() if key not in ("utterances", "machine", "versions")}
+    kept = {key: value for key, value in whole.items() if key not in ("utterances", "machine", "versions")}
+    return {**kept, "arithmetic": found.machine.get("arithmetic")}
 
 
 def show(

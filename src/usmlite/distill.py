@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import log_softmax
 
-from usmlite.models import IGNORED, Attention
+from usmlite.models import Attention
+from usmlite.network import SEQUENCE_TO_SEQUENCE, Network
 
 # Tokens whose distributions over the vocabulary are compared at once: their float32 logits, about
 # 13 MB for Whisper's vocabulary, then stay in a CPU's cache.
@@ -26,8 +27,9 @@ class LossWeights:
     """How much each term counts.
 
     Attributes:
-        kl: KL divergence of the student's token distribution from the teacher's, nats per token.
-        ce: cross-entropy of the student on the labels, nats per token.
+        kl: KL divergence of the student's distribution from the teacher's, nats per scored place (a token,
+            or for CTC a frame).
+        ce: cross-entropy of the student on the labels, nats per label; for CTC, the CTC loss.
         states: squared distance of the final encoder states, over the teacher's mean square.
         temperature: both distributions are softened by it in the KL term, which is then
             multiplied by its square (Hinton et al., arXiv 1503.02531).
@@ -111,14 +113,16 @@ class Distillation(nn.Module):
         teacher: nn.Module,
         weights: LossWeights,
         *,
+        network: Network = SEQUENCE_TO_SEQUENCE,
         layers: Sequence[str] = (),
         attentions: Sequence[Attention] = (),
     ) -> None:
-        """Takes the models, the weights, and where in both to look for what is matched inside."""
+        """Takes the models, the weights, how both are run, and where in both to look inside."""
         super().__init__()
         self.student = student
         self.__dict__["teacher"] = teacher
         self.weights = weights
+        self.network = network
         self._layers, self._attentions = tuple(layers), tuple(attentions)
 
     @property
@@ -131,37 +135,34 @@ class Distillation(nn.Module):
         """The attentions that are matched with these weights."""
         return self._attentions if self.weights.attention else ()
 
-    def forward(
-        self, heard: Tensor, taught: Tensor, decoder_input_ids: Tensor, labels: Tensor
-    ) -> dict[str, Tensor]:
+    def forward(self, heard: Tensor, taught: Tensor, **rest: Tensor) -> dict[str, Tensor]:
         """Losses of one batch.
 
         Args:
-            heard: float `[batch, mels, frames]`, what the student hears (perhaps masked).
+            heard: the main input for the student (perhaps masked), float, such as `[batch, mels, frames]`.
             taught: the same for the teacher.
-            decoder_input_ids: int64 `[batch, tokens]`.
-            labels: int64 `[batch, tokens]`, `IGNORED` where nothing is scored.
+            rest: what else a batch of the network has (`network`).
 
         Returns:
             Scalars "loss" (weighted, with gradient), "kl", "ce", "states" and, where they have a weight,
             "layers" and "attention" (each unweighted). Where nothing of the teacher is matched it is not
             run, and its terms are zero.
         """
-        weights, scored = self.weights, labels != IGNORED
+        weights, network, name = self.weights, self.network, str(self._student.main_input_name)
+        batch = {name: heard, **rest}
         if not weights.needs_teacher:
-            _, logits = _run(self.student, heard, decoder_input_ids, scored)
-            ce = cross_entropy(logits.float(), labels[scored])
+            _, logits = self._run(self.student, batch)
+            ce = network.text_loss(logits, batch)
             nothing = torch.zeros_like(ce)
             return {"loss": weights.ce * ce, "kl": nothing, "ce": ce.detach(), "states": nothing}
         teacher: nn.Module = self.__dict__["teacher"]
         with torch.no_grad(), self._watched(teacher) as wanted:
-            teacher_states, teacher_logits = _run(teacher, taught, decoder_input_ids, scored)
+            teacher_states, teacher_logits = self._run(teacher, {**batch, name: taught})
         with self._watched(self.student) as seen:
-            states, logits = _run(self.student, heard, decoder_input_ids, scored)
-        apply: Any = _TokenLoss.apply  # torch leaves it untyped
-        loss, kl, ce = apply(logits, teacher_logits, labels[scored], weights)
-        distance = (states.float() - teacher_states.float()).square().mean()
-        distance = distance / teacher_states.float().square().mean()
+            states, logits = self._run(self.student, batch)
+        scored = network.scored(batch)
+        loss, kl, ce = self._place_losses(logits, teacher_logits, batch)
+        distance = _distance(states, teacher_states, scored)
         losses = {"loss": loss + weights.states * distance, "kl": kl, "ce": ce, "states": distance.detach()}
         if self.layers:
             parts = [_layer_distance(seen[name], wanted[name], scored) for name in self.layers]
@@ -174,6 +175,29 @@ class Distillation(nn.Module):
                 losses["loss"] = losses["loss"] + getattr(weights, name) * losses[name]
                 losses[name] = losses[name].detach()
         return losses
+
+    @property
+    def _student(self) -> Any:
+        return self.student
+
+    def _run(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Final encoder states `[batch, frames, d]` and logits `[scored places, vocabulary]`."""
+        states = self.network.states(model, batch)
+        return states, self.network.logits(model, batch, states)
+
+    def _place_losses(
+        self, logits: Tensor, teacher_logits: Tensor, batch: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The weighted sum of KL and cross-entropy, and without gradient the two."""
+        weights, labels = self.weights, self.network.labels(batch)
+        apply: Any = _TokenLoss.apply  # torch leaves it untyped
+        if labels is not None:
+            loss, kl, ce = apply(logits, teacher_logits, labels, weights)
+            return loss, kl, ce
+        nowhere = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        loss, kl, _ = apply(logits, teacher_logits, nowhere, replace(weights, ce=0.0))
+        ce = self.network.text_loss(logits, batch)
+        return loss + weights.ce * ce, kl, ce.detach()
 
     @contextmanager
     def _watched(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
@@ -195,11 +219,22 @@ class Distillation(nn.Module):
                 handle.remove()
 
 
+def _scored(student: Tensor, teacher: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
+    """Both at the scored places, if they are of places at all: there are more frames than tokens."""
+    if student.shape[:2] == scored.shape:
+        student, teacher = student[scored], teacher[scored]
+    return student.float(), teacher.float()
+
+
+def _distance(student: Tensor, teacher: Tensor, scored: Tensor) -> Tensor:
+    """Mean squared distance of `[batch, places, d]`, over the teacher's mean square."""
+    student, teacher = _scored(student, teacher, scored)
+    return (student - teacher).square().mean() / teacher.square().mean()
+
+
 def _layer_distance(student: Tensor, teacher: Tensor, scored: Tensor) -> Tensor:
     """Mean squared distance of `[batch, places, d]`, each channel over the teacher's mean square."""
-    if student.shape[:2] == scored.shape:  # a decoder's: there are more frames than tokens
-        student, teacher = student[scored], teacher[scored]
-    student, teacher = student.float().flatten(0, -2), teacher.float().flatten(0, -2)
+    student, teacher = (states.flatten(0, -2) for states in _scored(student, teacher, scored))
     size = teacher.square().mean(dim=0)
     return ((student - teacher).square().mean(dim=0) / size.clamp(min=_LEAST_CHANNEL * size.mean())).mean()
 
@@ -220,13 +255,3 @@ def _attention_divergence(
         wanted = looks(teacher)
         total = total + (wanted.exp() * (wanted - looks(student))).sum()
     return total / (place.heads * scored.sum())
-
-
-def _run(
-    model: nn.Module, features: Tensor, decoder_input_ids: Tensor, scored: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Final encoder states `[batch, frames, d]` and logits `[scored tokens, vocabulary]`."""
-    any_model: Any = model
-    out = any_model.base_model(input_features=features, decoder_input_ids=decoder_input_ids, use_cache=False)
-    # Projecting onto 50,000 words is the dearest part of a short decoder: only where it is scored.
-    return out.encoder_last_hidden_state, any_model.get_output_embeddings()(out.last_hidden_state[scored])

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from usmlite.kernels import native
+
 _BITS = 12  # frequencies add up to 2^12
 _TOTAL = 1 << _BITS
 _CHUNK = 1 << 18
@@ -237,10 +239,16 @@ def decode(
     lanes = lanes_for(shape[0] * shape[1])
     if len(rest) < 4 * lanes or len(rest) % 2:
         raise ValueError(f"{len(data)} bytes cannot hold {shape[0] * shape[1]} codes")
-    # Copies, because nothing says that they lie at even addresses.
-    states = np.frombuffer(rest[: 4 * lanes].tobytes(), "<u4").astype(np.uint64)
-    words = np.frombuffer(rest[4 * lanes :].tobytes(), "<u2")
-    return _decoded(states, words, frequencies, bits, contexts).reshape(shape), levels[2]
+    if native.chosen() is not None:
+        codes = native.decode_stream(
+            rest, frequencies, bits, (contexts.rows, contexts.columns), contexts.lowest
+        )
+    else:
+        # Copies, because nothing says that they lie at even addresses.
+        states = np.frombuffer(rest[: 4 * lanes].tobytes(), "<u4").astype(np.uint64)
+        words = np.frombuffer(rest[4 * lanes :].tobytes(), "<u2")
+        codes = _decoded(states, words, frequencies, bits, contexts).reshape(shape)
+    return codes, levels[2]
 
 
 def _side(data: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ import jiwer
 import numpy as np
 import torch
 
-from usmlite import __version__
+from usmlite import __version__, kernels
 from usmlite.audio import SAMPLE_RATE, load_audio
 from usmlite.data import Utterance
 from usmlite.errors import DataError
@@ -75,7 +75,7 @@ class Evaluation:
         weights_bytes: size of the model's weights file.
         speakers: for each known speaker `wer` (None without words), `words`, `errors`, `utterances`.
         utterances: each utterance's score, in the given order.
-        machine: processor, cores, threads, GPU, operating system.
+        machine: processor, cores, threads, GPU, operating system, and the arithmetic if it was told.
         versions: of Python and the libraries that can change a result.
     """
 
@@ -183,6 +183,7 @@ def evaluate(
     name: str,
     weights_bytes: int,
     batch_size: int = 16,
+    arithmetic: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Transcribes utterances and scores the words.
@@ -197,6 +198,7 @@ def evaluate(
         name: the model's name in the result.
         weights_bytes: size of the model's weights file.
         batch_size: utterances handed to `transcribe` at a time.
+        arithmetic: what the model computes with (`packed.arithmetic`), for the result's `machine`.
         progress: called with (utterances done, utterances in all) after each batch.
 
     Returns:
@@ -246,7 +248,7 @@ def evaluate(
         weights_bytes=weights_bytes,
         speakers=_by_speaker(scores),
         utterances=tuple(scores),
-        machine={**describe_machine(), "memory": how},
+        machine={**describe_machine(), "memory": how, "arithmetic": arithmetic},
         versions=describe_versions(),
     )
 
@@ -339,7 +341,7 @@ def worst(evaluation: Evaluation, count: int) -> list[str]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Returns what a speed depends on: processor, cores, torch's threads, GPU, operating system."""
+    """Returns what a speed depends on: processor, cores, torch's threads, kernels, GPU, operating system."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = None
     if torch.cuda.is_available():
@@ -350,6 +352,7 @@ def describe_machine() -> dict[str, Any]:
         "cpu": _processor(),
         "cores": usable,
         "torch_threads": torch.get_num_threads(),
+        "kernels": kernels.implementation(),
         "gpu": gpu,
         "os": platform.platform(),
     }

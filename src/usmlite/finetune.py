@@ -33,7 +33,7 @@ from usmlite.data import Utterance, Window, load_window, pack_windows
 from usmlite.distill import Distillation, LossWeights
 from usmlite.errors import OutputError, TrainingError
 from usmlite.memory import PeakMemory
-from usmlite.models import TimedText, WhisperAdapter
+from usmlite.models import Adapter, TimedText
 from usmlite.movement import attach
 from usmlite.recipe import Recipe, TrainingRecipe
 from usmlite.schedule import moving_steps, rate
@@ -174,7 +174,11 @@ def make_optimizer(student: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     setting with its peak learning rate.
     """
     training = recipe.training
-    embedding = {id(p): p for p in cast(Any, student).get_input_embeddings().parameters()}
+    try:
+        table = cast(nn.Module, cast(Any, student).get_input_embeddings())
+    except NotImplementedError:  # how Transformers says that there is none
+        table = nn.Module()
+    embedding = {id(p): p for p in table.parameters()}
     for parameter in embedding.values():
         parameter.requires_grad_(training.ever("embedding_learning_rate") > 0)
     groups: list[dict[str, Any]] = [
@@ -225,7 +229,7 @@ def _finish_step_on_signal() -> Iterator[Callable[[], bool]]:
 def finetune(
     student: nn.Module,
     teacher: nn.Module,
-    adapter: WhisperAdapter,
+    adapter: Adapter,
     utterances: Sequence[Utterance],
     recipe: Recipe,
     output: Path,
@@ -257,12 +261,13 @@ def finetune(
     training = recipe.training
     # Learned masks take no part in the steps after they are frozen, learned scales in those with other bits.
     partial = recipe.student.masks == "gumbel" or recipe.student.stochastic_bits is not None
+    partial = partial or adapter.has_idle_parameters
     unused = DistributedDataParallelKwargs(find_unused_parameters=partial)
     accelerator = Accelerator(kwargs_handlers=[unused])
     device = accelerator.device
     # Not Accelerate's mixed precision: that is fixed for the life of the process, and bf16 needs no more.
     bf16 = autocast_precision(training.precision, device) == "bf16"
-    student.to(device).train()
+    students.train_compression(student.to(device))
     teacher.to(device).eval()
     optimizer = make_optimizer(student, recipe)
     moving = moving_steps(training.steps, freeze=recipe.student.mask_freeze)
@@ -282,7 +287,12 @@ def finetune(
     _cut_log(log, first)
 
     objective = Distillation(
-        student, teacher, loss_weights(training), layers=adapter.layers(), attentions=adapter.attentions()
+        student,
+        teacher,
+        loss_weights(training),
+        network=adapter.network,
+        layers=adapter.layers(),
+        attentions=adapter.attentions(),
     )
     distillation = accelerator.prepare(objective)
     dataset = TrainingWindows(utterances, recipe)
@@ -317,7 +327,7 @@ def finetune(
             if movement.at_target and (state["best_wer"] is None or wer <= state["best_wer"]):
                 state["best_wer"], state["best_step"] = wer, step
                 save_student(output / "best", student, None, {"step": step, "dev_wer": wer})
-        student.train()
+        students.train_compression(student)
 
     if first == 0:
         # Where the start is good already, a short training may not better it.
@@ -327,7 +337,7 @@ def finetune(
     with _finish_step_on_signal() as stop_asked:
         for step in range(first, training.steps):
             started = time.perf_counter()
-            torch.manual_seed(hash((training.seed, step)) % 2**63)  # what the student draws; dropout
+            torch.manual_seed(hash((training.seed, step)) % 2**63)  # what the student draws
             share = rate(step, training.steps, warmup=training.warmup, final=training.final_rate)
             phase = training.at(step)
             objective.weights = loss_weights(phase)
@@ -415,7 +425,7 @@ class _Order(torch.utils.data.Sampler[int]):
 
 def make_batch(
     rows: Sequence[tuple[Tensor, list[TimedText], bool]],
-    adapter: WhisperAdapter,
+    adapter: Adapter,
     recipe: Recipe,
     device: torch.device,
     step: int,
@@ -432,23 +442,21 @@ def make_batch(
         part: and the number of the batch within the step.
     """
     samples = torch.stack([row[0] for row in rows]).to(device)
-    heard = taught = adapter.features(samples)
+    speech = adapter.hear(samples, [max((text.end for text in row[1]), default=0.0) for row in rows])
+    heard = taught = speech.pop(adapter.main_input)
     generator = torch.Generator().manual_seed((recipe.training.seed * 1_000_003 + step) * 64 + part)
     if recipe.training.spec_augment:
-        heard = spec_augment(taught, generator)
+        heard = spec_augment(taught, generator, adapter.channel_axis)
         if recipe.training.teacher_hears == "same":
             taught = heard
-    ids, labels = adapter.targets(
+    text = adapter.teach(
         [row[1] for row in rows], timestamps=[row[2] for row in rows], language=recipe.data.language
     )
     if recipe.data.swapped:
-        ids = swap_words(ids, adapter.words(ids), recipe.data.swapped, generator)
-    return {
-        "heard": heard,
-        "taught": taught,
-        "decoder_input_ids": ids.to(device),
-        "labels": labels.to(device),
-    }
+        ids = text["decoder_input_ids"]
+        text["decoder_input_ids"] = swap_words(ids, adapter.words(ids), recipe.data.swapped, generator)
+    moved = {name: value.to(device) for name, value in text.items()}
+    return {"heard": heard, "taught": taught, **speech, **moved}
 
 
 def _cut_log(path: Path, steps: int) -> None:

@@ -7,14 +7,14 @@ mean of g g^T over the gradients g of log p at words that the model itself draws
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from usmlite.models import IGNORED
+from usmlite.network import SEQUENCE_TO_SEQUENCE, Batch, Network
 
 # Batches that gradients are taken of: twice as many, with four draws, gave no better model.
 FISHER_BATCHES = 3
@@ -24,17 +24,19 @@ _SEED = 0
 def output_fisher(
     model: nn.Module,
     names: Sequence[str],
-    batches: Sequence[Mapping[str, Tensor]],
+    batches: Sequence[Batch],
     *,
+    network: Network = SEQUENCE_TO_SEQUENCE,
     autocast: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Mean squares of the gradients of log p with respect to layers' outputs.
 
     Args:
-        model: run in evaluation mode, and left as it was; its forward pass gives `logits`.
+        model: run in evaluation mode, and left as it was.
         names: linear layers and 1-D convolutions.
-        batches: as for `calibrate`, with "labels" (the scored positions).
+        batches: as for `calibrate`, with scored places.
+        network: how the model is run.
         autocast: the dtype the model runs in, None for its own.
         progress: called with the batches done, and of how many.
 
@@ -54,11 +56,11 @@ def output_fisher(
             hook = _recorder(name, sums)
             stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         for number, batch in enumerate(batches, start=1):
-            rest = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+            moved = {name: value.to(device) for name, value in batch.items()}
             with torch.enable_grad():
                 with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                    logits = cast(Tensor, cast(Any, model)(**rest, use_cache=False).logits)
-                scored = logits[batch["labels"].to(device) != IGNORED].float().log_softmax(dim=-1)
+                    logits = network.logits(model, moved, network.states(model, moved))
+                scored = logits.float().log_softmax(dim=-1)
                 # Drawn on the CPU, so that every device draws alike.
                 words = torch.multinomial(scored.detach().exp().cpu(), 1, generator=generator)
                 scored.gather(1, words.to(device)).sum().backward()  # type: ignore[no-untyped-call]

@@ -122,11 +122,15 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
                 "not one weights file", where="from_pretrained", expected=packfile.WEIGHTS_NAME,
                 found=", ".join(map(str, files)) or "none", remedy="Load the packed directory itself.",
             )  # fmt: skip
+        # Importing models while Transformers loads its registry would go round in a circle.
+        from usmlite.models import prepare
+
+        prepare(model)
         self._weights = WeightsFile(files[0])
         # The base model (AutoModel) knows its weights without the prefix that the file has.
-        base = f"{cast(Any, model).base_model_prefix}."
-        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        self._prefix = "" if any(name.startswith(base) for name in tensors) else base
+        tensors = packfile.stored_tensors(model)
+        whole = any(f"{name}.weight" in tensors for name in self.manifest.layers)
+        self._prefix = "" if whole else f"{cast(Any, model).base_model_prefix}."
         # Transformers ties weights only after they are loaded.
         tied = set(cast(Any, model).all_tied_weights_keys)
         shapes = {
@@ -186,7 +190,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         self._weights.check_digest(self.manifest.digest)
         stored: dict[str, Tensor] = {}
         with self._weights.open() as read, torch.no_grad():
-            for name, parameter in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
+            for name, parameter in packfile.stored_tensors(model).items():
                 module = name.removesuffix(".weight")
                 if module in self.manifest.layers:
                     layer = self.manifest.layers[module]

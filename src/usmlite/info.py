@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.table import Table
 from torch import nn
-from transformers import AutoModelForSpeechSeq2Seq, PretrainedConfig, WhisperConfig
+from transformers import PretrainedConfig
 
-from usmlite.errors import PackedModelError
+from usmlite.errors import ModelError, PackedModelError
 from usmlite.load import PACKED_FOLDER, RECIPE_FILE
-from usmlite.models import load_teacher
+from usmlite.models import adapter_class, load_teacher, read_configuration, skeleton
 from usmlite.packfile import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -26,13 +27,14 @@ from usmlite.packfile import (
     part_shapes,
     read_config,
     read_manifest,
+    stored_tensors,
 )
 from usmlite.shipped import shipped
 from usmlite.spec import CompressionSpec, LayerSpec, matrix_shape
 from usmlite.tables import LayerRow, layer_table, readable_bytes
 
 COMPUTED = "computed, not stored"
-KEPT = "kept, float16"
+KEPT, BUFFER = "kept, float16", "kept as it is"
 HALF_BYTES = 2
 
 
@@ -48,6 +50,7 @@ class ModelInfo:
         float32_bytes: the dense model's parameters in float32, tied ones once.
         unused: rules of the spec that decide nothing for this model.
         saved_bytes: by how much entropy coding made a packed model's file smaller.
+        parts: name of each row to the part of the network that it belongs to.
     """
 
     source: str
@@ -57,6 +60,7 @@ class ModelInfo:
     float32_bytes: int
     unused: tuple[str, ...] = ()
     saved_bytes: int = 0
+    parts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def file_bytes(self) -> int:
@@ -75,10 +79,20 @@ class ModelInfo:
             sums[row.spec] = sums.get(row.spec, 0) + row.bytes
         return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
+    def by_part(self) -> dict[str, int]:
+        """Bytes of each part of the network, in the order of the forward pass."""
+        sums: dict[str, int] = {}
+        for row in self.rows:
+            part = self.parts.get(row.name, "other")
+            sums[part] = sums.get(part, 0) + row.bytes
+        return sums
+
     def summary(self) -> list[str]:
         """The totals, in words."""
         verb = "takes" if self.packed else "would take"
-        lines = [f"{spec}: {readable_bytes(count)}" for spec, count in self.by_spec().items() if count]
+        parts = ", ".join(f"{part} {readable_bytes(count)}" for part, count in self.by_part().items())
+        lines = [f"parts: {parts}"]
+        lines += [f"{spec}: {readable_bytes(count)}" for spec, count in self.by_spec().items() if count]
         lines.append(f"header of the file: {readable_bytes(self.header_bytes)}")
         lines.append(
             f"{self.source}: the weights file {verb} {self.file_bytes:,} bytes, {100 * self.share:.2f} % of "
@@ -105,6 +119,7 @@ class ModelInfo:
             "float32_bytes": self.float32_bytes,
             "share": self.share,
             "fixed_width_bytes": self.file_bytes + self.saved_bytes,
+            "parts": self.by_part(),
             "tensors": [
                 {"name": r.name, "shape": list(r.shape), "kind": r.kind, "spec": r.spec, "bytes": r.bytes}
                 for r in self.rows
@@ -147,15 +162,7 @@ def information_table(found: ModelInfo) -> Table:
 
 def dense_float32_bytes(config: PretrainedConfig) -> int:
     """Bytes of the parameters in float32 of a model with this configuration, tied ones once."""
-    return sum(4 * parameter.numel() for parameter in _skeleton(config).parameters())
-
-
-def _skeleton(config: PretrainedConfig) -> nn.Module:
-    """The dense model without any values."""
-    # A packed model's configuration says how it is quantized; the skeleton is not.
-    plain = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
-    with torch.device("meta"):
-        return cast(nn.Module, AutoModelForSpeechSeq2Seq.from_config(plain))  # type: ignore[no-untyped-call]
+    return sum(4 * parameter.numel() for parameter in skeleton(config).parameters())
 
 
 def _describe_dense(source: str | Path, spec: CompressionSpec) -> ModelInfo:
@@ -166,12 +173,15 @@ def _describe_dense(source: str | Path, spec: CompressionSpec) -> ModelInfo:
     }
     computed, shown = teacher.adapter.computed(teacher.model), _kinds(teacher.model)
     rows, stored = [], {}
-    for name, parameter in teacher.model.named_parameters():
+    for name, parameter in stored_tensors(teacher.model).items():
         module, shape = name.removesuffix(".weight"), tuple(parameter.shape)
         kind = kinds.get(module) or (shown.get(module, "other") if name.endswith(".weight") else "other")
         layer = spec.resolve(module, kind) if module in kinds else LayerSpec()
         if name in computed:
             rows.append(LayerRow(name, shape, kind, COMPUTED, 0))
+        elif not isinstance(parameter, nn.Parameter):
+            rows.append(LayerRow(name, shape, "buffer", BUFFER, parameter.nbytes))
+            stored[name] = (parameter.dtype, shape)
         elif layer.is_kept:
             rows.append(LayerRow(name, shape, kind, KEPT, HALF_BYTES * parameter.numel()))
             stored[name] = (torch.float16, shape)
@@ -181,7 +191,14 @@ def _describe_dense(source: str | Path, spec: CompressionSpec) -> ModelInfo:
             for part, described in part_shapes(layer, *size).items():
                 stored[f"{name}.{part}"] = described
     unused = tuple(f"{rule.match} ({rule.kind or 'any kind'}): {rule.spec}" for rule in spec.unused(kinds))
-    return ModelInfo(str(source), False, tuple(rows), _header_bytes(stored), teacher.float32_bytes, unused)
+    parts = _parts(rows, teacher.adapter.part)
+    return ModelInfo(
+        str(source), False, tuple(rows), _header_bytes(stored), teacher.float32_bytes, unused, parts=parts
+    )
+
+
+def _parts(rows: Iterable[LayerRow], part: Callable[[str], str]) -> dict[str, str]:
+    return {row.name: part(row.name) for row in rows}
 
 
 def _header_bytes(stored: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
@@ -195,10 +212,11 @@ def _header_bytes(stored: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> int
 def _describe_packed(path: Path, source: str) -> ModelInfo:
     manifest = read_manifest(path)
     file = WeightsFile(member(path, WEIGHTS_NAME))
-    skeleton = _skeleton(_configuration(path))
-    kinds = _kinds(skeleton)
+    config = _configuration(path)
+    model, family = skeleton(config), adapter_class(config.model_type, path)
+    kinds = _kinds(model)
     rows, described = [], set()
-    for name, parameter in skeleton.named_parameters():
+    for name, parameter in stored_tensors(model).items():
         module = name.removesuffix(".weight")
         kind = kinds.get(module, "other") if name.endswith(".weight") else "other"
         if module in manifest.layers and name.endswith(".weight"):
@@ -208,7 +226,7 @@ def _describe_packed(path: Path, source: str) -> ModelInfo:
         elif name in manifest.computed:
             names, form = [], COMPUTED
         else:
-            names, form = [name], KEPT
+            names, form = [name], KEPT if isinstance(parameter, nn.Parameter) else BUFFER
         sizes = [file.entries[stored] for stored in names if stored in file.entries]
         described.update(names)
         rows.append(LayerRow(name, tuple(parameter.shape), kind, form, sum(e.stop - e.start for e in sizes)))
@@ -216,22 +234,21 @@ def _describe_packed(path: Path, source: str) -> ModelInfo:
         if name not in described:
             rows.append(LayerRow(name, entry.shape, "other", "not of this model", entry.stop - entry.start))
     header = file.size - sum(row.bytes for row in rows)
-    float32 = sum(4 * parameter.numel() for parameter in skeleton.parameters())
+    float32 = sum(4 * parameter.numel() for parameter in model.parameters())
     saved = 0
     for layer in manifest.layers.values():
         if layer.coded is not None:
             saved += layer.fixed_bytes - layer.coded
-    return ModelInfo(source, True, tuple(rows), header, float32, saved_bytes=saved)
+    parts = _parts(rows, family.part)
+    return ModelInfo(source, True, tuple(rows), header, float32, saved_bytes=saved, parts=parts)
 
 
-def _configuration(path: Path) -> WhisperConfig:
+def _configuration(path: Path) -> PretrainedConfig:
     values = {key: value for key, value in read_config(path).items() if key != "quantization_config"}
     try:
-        return WhisperConfig.from_dict(values)
-    except Exception as error:  # what a damaged configuration raises is Transformers' own affair
-        raise PackedModelError(
-            "not the configuration of a Whisper model", where=path / CONFIG_NAME, found=str(error)
-        ) from error
+        return read_configuration(values, path / CONFIG_NAME)
+    except ModelError as error:
+        raise PackedModelError(error.what, where=error.where, found=error.found) from error
 
 
 def _kinds(model: nn.Module) -> dict[str, str]:

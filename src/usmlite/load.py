@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from usmlite.checkpoint import load_student
 from usmlite.errors import ModelError
+from usmlite.kernels import Activations
 from usmlite.models import Teacher, load_teacher
 from usmlite.movement import take_up
-from usmlite.packed import load_packed
+from usmlite.packed import Hold, fastest_hold, load_packed
 from usmlite.packfile import WEIGHTS_NAME, is_packed
 from usmlite.recipe import Recipe, load_recipe
 from usmlite.runtime import Recognizer
@@ -28,7 +29,7 @@ SPEC_FILE = "spec.toml"
 
 
 def load(
-    source: str | Path = DEFAULT, *, hold: Literal["float32", "int8", "packed"] = "float32"
+    source: str | Path = DEFAULT, *, hold: Hold | None = None, activations: Activations = "int8"
 ) -> Recognizer:
     """Loads a model for transcription and evaluation.
 
@@ -36,8 +37,11 @@ def load(
         source: the name of a model that comes with usmlite ("tiny.en-small", a packed one, the default); a
             packed model's directory; a run's directory (its packed model is taken); a student that a run
             saved (`RUN/best`, `RUN/checkpoints/step-000200`); or anything `load_teacher` takes.
-        hold: how a packed model's weights are kept in memory: expanded to "float32" (fastest for now),
-            as "int8" codes, or "packed" as in the file (smallest).
+        hold: how a packed model's weights are kept in memory: expanded to "float32", as "int8" codes, or
+            "packed" as in the file (smallest). None chooses the fastest: "int8" with the native library,
+            "float32" without.
+        activations: what the native library multiplies "int8" and "packed" weights by: rounded to "int8",
+            row by row, or as they are, in "float32", which is slower.
 
     Raises:
         ModelError: unknown or unsupported source.
@@ -62,7 +66,7 @@ def load(
             )
         path = path / PACKED_FOLDER
     if is_packed(path):
-        model, adapter = load_packed(path, hold=hold)
+        model, adapter = load_packed(path, hold=hold or fastest_hold(), activations=activations)
         size = (path / WEIGHTS_NAME).stat().st_size
         return Recognizer(model, adapter, name=str(source), kind="packed", weights_bytes=size)
     if (path / STUDENT_FILE).is_file():

@@ -33,6 +33,7 @@ from usmlite.distill import Distillation, LossWeights
 from usmlite.errors import TrainingError
 from usmlite.fisher import FISHER_BATCHES, output_fisher
 from usmlite.moments import Moments, collect_moments
+from usmlite.network import SEQUENCE_TO_SEQUENCE, Batch, Network
 from usmlite.schedule import temperature
 from usmlite.solve import DAMPING, Problem, corrected_bias, importance_of
 from usmlite.sparsify import nm_mask
@@ -58,8 +59,6 @@ _WARMEST, _COLDEST = 0.25, 0.75
 _LEAST = 1e-10
 # The loss that allocations are measured by.
 _LOSS = LossWeights(kl=1.0, ce=0.0, states=0.0)
-
-Batch = Mapping[str, Tensor]
 
 
 @dataclass
@@ -290,6 +289,7 @@ def learn_allocation(
     steps: int,
     seed: int,
     state_file: Path,
+    network: Network = SEQUENCE_TO_SEQUENCE,
     octaves: Mapping[str, Tensor] | None = None,
     autocast: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -304,6 +304,7 @@ def learn_allocation(
         seed: of what is drawn.
         state_file: gets the state after every step; a call that was cut off goes on from there, to the same
             choice.
+        network: how the model is run.
         octaves: as for `make_student`.
         autocast: the dtype the model runs in, None for its own.
         progress: called with the steps done, and of how many.
@@ -319,11 +320,11 @@ def learn_allocation(
     start = _Measured.of(near, measured.budget)
     state = _State.at_start(start)
     state.restore(state_file)
-    inputs = [_as_model_inputs(batches(number)) for number in range(min(_MOMENT_BATCHES, steps))]
-    moments, _ = collect_moments(model, [w.name for w in near], inputs, autocast=autocast)
-    felt = output_fisher(
-        model, [w.name for w in near if w.kind not in TABLES], inputs[:FISHER_BATCHES], autocast=autocast
-    )
+    main = str(cast(Any, model).main_input_name)
+    inputs = [_taught(batches(number), main) for number in range(min(_MOMENT_BATCHES, steps))]
+    moments, _ = collect_moments(model, [w.name for w in near], inputs, network=network, autocast=autocast)
+    named = [w.name for w in near if w.kind not in TABLES]
+    felt = output_fisher(model, named, inputs[:FISHER_BATCHES], network=network, autocast=autocast)
     coarser = octaves or {}
     mixtures = [
         _MixedWeight(
@@ -333,7 +334,7 @@ def learn_allocation(
         for w in near
     ]  # fmt: skip
     student = copy.deepcopy(model).requires_grad_(False)
-    distillation = Distillation(student, model, _LOSS).eval()
+    distillation = Distillation(student, model, _LOSS, network=network).eval()
     for step in range(state.step, steps):
         logits = state.logits(start).requires_grad_()
         warmth = temperature(_WARMEST + (_COLDEST - _WARMEST) * step / steps)
@@ -422,9 +423,6 @@ def _picked(measured: Allocation, near: Sequence[WeightAllocation], losses: Tens
     return Allocation(tuple(chosen), measured.budget)
 
 
-def _as_model_inputs(batch: Batch) -> dict[str, Tensor]:
-    return {
-        "input_features": batch["taught"],
-        "decoder_input_ids": batch["decoder_input_ids"],
-        "labels": batch["labels"],
-    }
+def _taught(batch: Batch, main: str) -> dict[str, Tensor]:
+    """What the teacher hears, as the network takes it."""
+    return {main: batch["taught"], **{k: v for k, v in batch.items() if k not in ("heard", "taught")}}

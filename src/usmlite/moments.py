@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
@@ -11,25 +11,31 @@ import torch
 from torch import Tensor, nn
 
 from usmlite.errors import DataError, ModelError
+from usmlite.network import SEQUENCE_TO_SEQUENCE, Batch, Network
+
+# By how much the square of an input vector may exceed the batch's median before the vector counts for less.
+# A decoder's first token can be a hundred times as large as all others; the layer norm that follows makes
+# its errors as small as theirs (docs/decisions/0015).
+_LARGEST_SQUARE = 4.0
 
 
 @dataclass
 class Moments:
-    """Sums over input vectors x, from which their mean and second moments follow.
+    """Weighted sums over input vectors x, from which their mean and second moments follow.
 
     Attributes:
         total: the sum of (x - shift) (x - shift)^T, float32 `[columns, columns]`.
         sum: the sum of x - shift, float32 `[columns]`.
         shift: the mean of the first vectors, float32 `[columns]`: moments about it can be moved to the
             mean without the cancellation that moments about zero would suffer.
-        count: how many vectors.
+        count: how many vectors, by their weights.
         is_table: the weight's rows are looked up as well; without any vector, they are only that.
     """
 
     total: Tensor
     sum: Tensor
     shift: Tensor | None = None
-    count: int = 0
+    count: float = 0.0
     is_table: bool = False
 
     @property
@@ -49,6 +55,11 @@ class Moments:
     def hessian(self) -> Tensor:
         """The mean of x x^T, float32 `[columns, columns]`; the identity if nothing was seen."""
         return self.covariance + torch.outer(self.mean, self.mean)
+
+
+def is_pointwise(layer: nn.Module) -> bool:
+    """Whether a convolution looks at one place at a time, and at all channels."""
+    return isinstance(layer, nn.Conv1d) and (layer.kernel_size, layer.stride, layer.groups) == ((1,), (1,), 1)
 
 
 def input_rows(layer: nn.Module, inputs: Tensor) -> Tensor:
@@ -82,18 +93,6 @@ def input_rows(layer: nn.Module, inputs: Tensor) -> Tensor:
     return windows.permute(0, 1, 3, 4, 2).reshape(batch * layer.groups * frames, -1)
 
 
-def _counted_positions(batch: Mapping[str, Tensor]) -> Tensor | None:
-    """Decoder positions that are not padding, bool `[batch, tokens]`, or None if all count."""
-    mask = batch.get("decoder_attention_mask")
-    if mask is not None:
-        return mask.bool()
-    labels = batch.get("labels")
-    if labels is None:
-        return None
-    # The prompt is not scored either, but the student will see it: only what follows is padding.
-    return (labels != -100).flip(1).cummax(1).values.flip(1).bool()
-
-
 class _Collector:
     """Forward hooks that add up the moments of layer inputs."""
 
@@ -101,7 +100,7 @@ class _Collector:
         self.moments: dict[str, Moments] = {}
         self.positions: Tensor | None = None
         self._input: Tensor | None = None
-        self._sums: tuple[Tensor, Tensor, Tensor, int] | None = None
+        self._sums: tuple[Tensor, Tensor, Tensor, float] | None = None
 
     def start_batch(self, positions: Tensor | None) -> None:
         self.positions = positions
@@ -127,21 +126,39 @@ class _Collector:
 
     def _add_up(
         self, layer: nn.Module, inputs: Tensor, shift: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, int]:
+    ) -> tuple[Tensor, Tensor, Tensor, float]:
         with torch.autocast(inputs.device.type, enabled=False):
-            if self.positions is not None and inputs.dim() == 3 and inputs.shape[:2] == self.positions.shape:
+            pointwise = is_pointwise(layer) and inputs.dim() == 3
+            if pointwise:
+                inputs = inputs.transpose(1, 2)  # a linear layer, but for its channels in the middle
+            # Other convolutions have channels there, of which there may be as many as tokens.
+            at_places = inputs.dim() == 3 and (pointwise or not isinstance(layer, nn.Conv1d))
+            if self.positions is not None and at_places and inputs.shape[:2] == self.positions.shape:
                 inputs = inputs[self.positions]
-            rows = input_rows(layer, inputs)
-            shift = rows.sum(dim=0) / max(len(rows), 1) if shift is None else shift
+            rows = inputs.flatten(0, -2).float() if pointwise else input_rows(layer, inputs)
+            weights = _weights(rows)
+            count = float(weights.sum())
+            shift = weights @ rows / max(count, 1.0) if shift is None else shift
             rows = rows - shift
-            return shift, rows.T @ rows, rows.sum(dim=0), len(rows)
+            weighted = rows * weights.unsqueeze(1)
+            return shift, weighted.T @ rows, weighted.sum(dim=0), count
+
+
+def _weights(rows: Tensor) -> Tensor:
+    """What vectors count, float32 `[vectors]`: 1, or less for those much larger than the median."""
+    squares = rows.square().sum(dim=1)
+    if not len(squares):
+        return squares
+    limit = _LARGEST_SQUARE * squares.median()
+    return torch.where(squares > limit, limit / squares, 1.0) if limit > 0 else torch.ones_like(squares)
 
 
 def collect_moments(
     model: nn.Module,
     names: Sequence[str],
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Iterable[Batch],
     *,
+    network: Network = SEQUENCE_TO_SEQUENCE,
     autocast: torch.dtype | None = None,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> tuple[dict[str, Moments], int]:
@@ -151,7 +168,8 @@ def collect_moments(
         model: run in evaluation mode, and left as it was.
         names: modules with a weight: linear layers, 1-D convolutions, and tables of rows (embeddings),
             whose inputs are those of the projection that shares their weight, if there is one.
-        batches: keyword inputs of the forward pass, see `calibrate`.
+        batches: see `network`.
+        network: how the model is run.
         autocast: the dtype the model runs in, None for its own.
         progress: called with the batches done, and of how many (None if unknown).
 
@@ -182,10 +200,9 @@ def collect_moments(
         count = 0
         for batch in batches:
             moved = {name: value.to(device) for name, value in batch.items()}
-            collector.start_batch(_counted_positions(moved))
-            moved.pop("labels", None)
+            collector.start_batch(network.counted(moved))
             with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                model(**moved)
+                network.run(model, moved)
             count += 1
             if progress is not None:
                 progress(count, total)

@@ -26,7 +26,7 @@ from usmlite.student import CompressedLayer, WeightCompression, compressed_layer
 
 
 class Processor(Protocol):
-    """What goes with the weights: `models.WhisperAdapter` is one."""
+    """What goes with the weights: a `models.Adapter` is one."""
 
     def save_processor(self, directory: Path) -> None:
         """Writes tokenizer, feature extractor and generation settings."""
@@ -182,24 +182,26 @@ def _pack_block(
 
 def _uncompressed(student: nn.Module, covered: dict[str, CompressedLayer]) -> dict[str, Tensor]:
     """Parameters and buffers that no spec covers, tied ones once, without the student's own state."""
-    tensors = {**dict(student.named_parameters()), **dict(student.named_buffers())}
+    tensors = packfile.stored_tensors(student)
     owned = tuple(f"{name}.compression." for name in covered)
     weights = {f"{name}.weight" for name in covered}
     return {
-        name: tensor.detach()
-        for name, tensor in tensors.items()
-        if name not in weights and not name.startswith(owned)
+        name: tensor for name, tensor in tensors.items() if name not in weights and not name.startswith(owned)
     }
 
 
 def _stored_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float16 if tensor.is_floating_point() else tensor.dtype
+    """Parameters as float16. Buffers are few, and float16 would lose variances and frequencies."""
+    if not tensor.is_floating_point():
+        return tensor.dtype
+    return torch.float16 if isinstance(tensor, nn.Parameter) else torch.float32
 
 
 def _as_stored(name: str, tensor: Tensor) -> Tensor:
+    dtype = _stored_dtype(tensor)
     if not tensor.is_floating_point():
         return tensor
-    out = torch.empty(tensor.numel(), dtype=torch.float16)
+    out = torch.empty(tensor.numel(), dtype=dtype)
     flat = tensor.reshape(-1)
     for low, high in kernels.row_blocks(flat.numel(), 1):
         block = flat[low:high].float()
@@ -207,7 +209,8 @@ def _as_stored(name: str, tensor: Tensor) -> Tensor:
             raise ModelError(
                 "the tensor is not finite", where=name, expected="finite numbers", found="NaN or infinity"
             )
-        out[low:high] = block.clamp(-kernels.MAX_SCALE, kernels.MAX_SCALE)
+        limit = kernels.MAX_SCALE if dtype == torch.float16 else torch.finfo(dtype).max
+        out[low:high] = block.clamp(-limit, limit)
     return out.reshape(tensor.shape)
 
 

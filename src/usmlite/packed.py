@@ -1,28 +1,46 @@
 """A packed model in memory: the Transformers model whose covered layers compute from stored weights.
 
 `load_packed` checks the directory and builds the model. How the weights are held is a choice between
-speed and memory: as float32 (ordinary layers), as one small integer each, or packed as in the file.
+speed and memory: as float32 (ordinary layers), as one small integer each, or packed as in the file. With the
+native library the last two are computed with as they lie in memory.
 """
 
 from __future__ import annotations
 
+import math
 import os
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, WhisperConfig, WhisperForConditionalGeneration
+from transformers import PreTrainedModel
 
 from usmlite import kernels, packfile
-from usmlite.errors import OutputError, PackedModelError
-from usmlite.models import WhisperAdapter
+from usmlite.errors import ModelError, OutputError, PackedModelError
+from usmlite.models import Adapter, adapter_class, read_configuration, skeleton
 from usmlite.packfile import CONFIG_NAME, WEIGHTS_NAME, Manifest, WeightsFile
 
 Hold = Literal["float32", "int8", "packed"]
 HOLDS: tuple[Hold, ...] = get_args(Hold)
+
+_LAYERS = ("encoder_layers", "decoder_layers", "num_hidden_layers")
+
+
+def fastest_hold() -> Hold:
+    """How weights should be held where speed is what counts.
+
+    Raises:
+        ModelError: the environment asks for kernels that are not there.
+    """
+    try:
+        return "float32" if kernels.implementation() == "reference" else "int8"
+    except ValueError as error:
+        raise ModelError("no such kernels", found=error, remedy="Unset the variable.") from None
 
 
 class StoredWeight(nn.Module):
@@ -33,11 +51,24 @@ class StoredWeight(nn.Module):
     Args:
         weight: packed or expanded.
         shape: the weight's own shape.
+        activations: how the native library multiplies by it, see `kernels.NativeWeight`.
+
+    Attributes:
+        dtype: of the model around it, which rows that are looked up are given in.
     """
 
-    def __init__(self, weight: kernels.PackedWeight | kernels.ExpandedWeight, shape: tuple[int, ...]) -> None:
+    dtype = torch.float32
+
+    def __init__(
+        self,
+        weight: kernels.PackedWeight | kernels.ExpandedWeight,
+        shape: tuple[int, ...],
+        activations: kernels.Activations = "int8",
+    ) -> None:
         super().__init__()
         self.shape = shape
+        self._activations = activations
+        self._prepared: kernels.NativeWeight | None = None
         self._kind = type(weight)
         self._names: dict[str, str] = {}
         self._plain: dict[str, Any] = {}
@@ -53,9 +84,18 @@ class StoredWeight(nn.Module):
 
     @property
     def value(self) -> kernels.PackedWeight | kernels.ExpandedWeight:
-        """What the kernels compute with, on the device where the buffers are now."""
+        """The stored tensors, on the device where the buffers are now."""
         tensors = {field: self._buffers[name] for field, name in self._names.items()}
         return self._kind(**cast(dict[str, Any], {**self._plain, **tensors}))
+
+    @property
+    def operand(self) -> kernels.PackedWeight | kernels.ExpandedWeight | kernels.NativeWeight:
+        """What the kernels compute with: prepared for the native library where it takes such a weight."""
+        if self._prepared is None:
+            value = self.value
+            self._prepared = kernels.prepare(value, self._activations)
+            return self._prepared or value
+        return self._prepared
 
     def unpack(self) -> Tensor:
         """The weight in full, float32, in its own shape."""
@@ -63,8 +103,18 @@ class StoredWeight(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredWeight:
         # Codes are bytes and scales are exact in float16: only the device may change.
+        self._prepared = None
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=next(self.buffers()).device)).dtype
         super()._apply(lambda buffer: buffer.to(fn(buffer).device), recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._prepared = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has tensors of its own, and prepares them when it is first used.
+        return {**self.__dict__, "_prepared": None}
 
     def extra_repr(self) -> str:
         """Shown in the model's printout."""
@@ -91,7 +141,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
-        return kernels.linear(input, self.weight.value, self.bias)
+        return kernels.linear(input, self.weight.operand, self.bias)
 
 
 class PackedConv1d(nn.Module):
@@ -105,6 +155,16 @@ class PackedConv1d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """`[batch, in, frames]` to `[batch, out, frames']`."""
+        operand = self.weight.operand
+        if (
+            isinstance(operand, kernels.NativeWeight)
+            and isinstance(self.padding, tuple)
+            and self.dilation == (1,)
+            and self.groups == 1
+        ):
+            windows = kernels.convolve(input, operand, self.bias, self.stride[0], self.padding[0])
+            if windows is not None:
+                return windows
         weight = self.weight.unpack().to(input.dtype)
         return nn.functional.conv1d(
             input, weight, self.bias, self.stride, self.padding, self.dilation, self.groups
@@ -121,8 +181,8 @@ class PackedEmbedding(nn.Module):
         self.weight = weight
 
     def forward(self, input: Tensor) -> Tensor:
-        """Token ids `[...]` to float32 `[..., dimension]`."""
-        return kernels.embedding(input, self.weight.value)
+        """Token ids `[...]` to `[..., dimension]`."""
+        return kernels.embedding(input, self.weight.operand).to(self.weight.dtype)
 
 
 class PackedPositions(nn.Module):
@@ -136,55 +196,85 @@ class PackedPositions(nn.Module):
     def forward(
         self, input: Tensor, past_key_values_length: int = 0, position_ids: Tensor | None = None
     ) -> Tensor:
-        """Positions of token ids `[batch, tokens]`, float32 `[(batch,) tokens, dimension]`."""
+        """Positions of token ids `[batch, tokens]`, `[(batch,) tokens, dimension]`."""
         if position_ids is None:
             stop = min(past_key_values_length + input.shape[1], self.num_embeddings)
             position_ids = torch.arange(past_key_values_length, stop, device=input.device)
-        return kernels.embedding(position_ids, self.weight.value)
+        return kernels.embedding(position_ids, self.weight.operand).to(self.weight.dtype)
 
 
 def load_packed(
-    directory: str | os.PathLike[str], *, hold: Hold = "float32"
-) -> tuple[PreTrainedModel, WhisperAdapter]:
+    directory: str | os.PathLike[str], *, hold: Hold = "float32", activations: kernels.Activations = "int8"
+) -> tuple[PreTrainedModel, Adapter]:
     """Loads a packed model.
 
     Args:
         directory: what `pack` wrote.
-        hold: how the weights are kept in memory: "float32" expands them once and is the fastest;
-            "int8" keeps one byte per weight and multiplies by the scale in every call; "packed" keeps
-            the bytes of the file and unpacks in every call.
+        hold: how the weights are kept in memory: "float32" expands them once; "int8" keeps one byte per
+            weight, "packed" the bytes of the file, and both multiply by these with the native library.
+            Without it they are multiplied by the scale, or unpacked, in every call, and "float32" is the
+            fastest.
+        activations: what the native library multiplies weights of "int8" and "packed" with: "int8" rounds
+            each row of activations to 256 steps, "float32" leaves them as they are.
 
     Returns:
         The Transformers model in eval mode, no parameter requiring a gradient, and its adapter.
 
     Raises:
         PackedModelError: the directory is damaged, altered, not ours or from a newer usmlite.
-        ModelError: its tokenizer is missing or damaged.
+        ModelError: its tokenizer is missing or damaged, or the environment asks for kernels that are not
+            there.
         ValueError: there is no such `hold`.
     """
     if hold not in HOLDS:
         raise ValueError(f"hold must be one of {', '.join(HOLDS)}, got {hold!r}")
+    fastest_hold()  # refuses a wrong environment before anything is read
+    kernels.warn_if_missing()
     folder = Path(directory)
     config_path = folder / CONFIG_NAME
     values = packfile.read_config(folder)
     manifest = Manifest.from_dict(values.pop("quantization_config", None), where=str(config_path))
     weights = WeightsFile(packfile.member(folder, WEIGHTS_NAME))
     model = _skeleton(values, len(weights.entries), config_path)
-    shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in packfile.stored_tensors(model).items()}
     weights.check_tensors(manifest.tensors(shapes, where=str(config_path)))
     weights.check_digest(manifest.digest)
-    _fill(model, manifest, weights, hold)
+    _compute_buffers(model)
+    _fill(model, manifest, weights, hold, activations)
     for name in packfile.PROCESSOR_FILES:
         if os.path.lexists(folder / name):
             packfile.member(folder, name)
-    adapter = WhisperAdapter.from_directory(folder, model.config)
-    model.generation_config = adapter.generation
+    config = cast(Any, model).config
+    adapter = adapter_class(config.model_type, config_path).from_directory(folder, config)
+    adapter.restore_settings(model)
     if hold != "float32":
         # Written by Transformers, the stored weights would not be a model that anybody can load.
         model.__dict__["save_pretrained"] = _refuse_saving
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    return model, adapter
+    return cast(PreTrainedModel, model), adapter
+
+
+def arithmetic(model: nn.Module) -> str:
+    """What a model computes its compressible layers with, for reports.
+
+    Such as "native (avx2), int8 activations"; of weights that the native library does not take, how many
+    there are and why; "torch, float32" for ordinary layers.
+    """
+    stored = [module for module in model.modules() if isinstance(module, StoredWeight)]
+    if not stored:
+        return f"torch, {str(next(model.parameters()).dtype)[6:]}"
+    operands = [weight.operand for weight in stored]
+    native = [operand for operand in operands if isinstance(operand, kernels.NativeWeight)]
+    if not native:
+        return f"{kernels.implementation()}, float32 activations"
+    text = f"{kernels.implementation()}, {native[0].activations} activations"
+    reasons = Counter(
+        kernels.obstacle(operand) for operand in operands if not isinstance(operand, kernels.NativeWeight)
+    )
+    for reason, count in reasons.items():
+        text += f"; {count} of {len(stored)} weights by the reference ({reason})"
+    return text
 
 
 def _refuse_saving(save_directory: object, *args: object, **kwargs: object) -> NoReturn:
@@ -194,7 +284,7 @@ def _refuse_saving(save_directory: object, *args: object, **kwargs: object) -> N
     )  # fmt: skip
 
 
-def _skeleton(values: dict[str, Any], tensors: int, path: Path) -> WhisperForConditionalGeneration:
+def _skeleton(values: dict[str, Any], tensors: int, path: Path) -> nn.Module:
     """The model that the config describes, without memory for its weights."""
 
     def wrong(expected: object, found: object) -> PackedModelError:
@@ -203,55 +293,95 @@ def _skeleton(values: dict[str, Any], tensors: int, path: Path) -> WhisperForCon
             remedy="Copy or download the packed model again.",
         )  # fmt: skip
 
-    if values.get("model_type") != "whisper":
-        raise wrong("model_type 'whisper'", repr(values.get("model_type")))
-    for name in ("encoder_layers", "decoder_layers"):
-        layers = values.get(name, 0)
-        # Every layer has tensors of its own; more layers than tensors would only cost time.
-        if not isinstance(layers, int) or not 0 <= layers <= tensors:
-            raise wrong(f"{name} of at most {tensors}", repr(layers))
     try:
-        config = WhisperConfig.from_dict(values)
-        with torch.device("meta"):
-            model = WhisperForConditionalGeneration(config)
+        family = adapter_class(values.get("model_type"), path)
+    except ModelError as error:
+        raise wrong(error.expected, error.found) from error
+    for settings in (values, values.get("encoder_config")):
+        for name, value in settings.items() if isinstance(settings, dict) else ():
+            if name in _LAYERS and not (isinstance(value, int) and 0 <= value <= tensors):
+                # Every layer has tensors of its own; more layers than tensors would only cost time.
+                raise wrong(f"{name} of at most {tensors}", repr(value))
+            if name.endswith("attention_heads") and not (isinstance(value, int) and value >= 1):
+                # Whether they divide the width is checked by Transformers, which takes negative ones as well.
+                raise wrong(f"{name} of at least 1", repr(value))
+            if name.endswith("dropout") and not (isinstance(value, int | float) and 0 <= value <= 1):
+                # Nothing is dropped here, but torch looks at it all the same, when the model is used.
+                raise wrong(f"{name} from 0 to 1", repr(value))
+    for name, value in family.fixed_settings.items():
+        if values.get(name, value) != value:
+            raise wrong(f"{name} of {value}", repr(values[name]))
+    try:
+        return skeleton(read_configuration(values, path))
+    except ModelError as error:
+        raise wrong(error.expected or "the config of a known model", error.found) from error
     except Exception as error:  # a config that is not to be trusted can fail anywhere
-        raise wrong("the config of a Whisper model", f"{type(error).__name__}: {error}"[:300]) from error
-    cast(Any, model).eval()
-    return model
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name; tied ones once."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        raise wrong("the config of a known model", f"{type(error).__name__}: {error}"[:300]) from error
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, manifest: Manifest, weights: WeightsFile, hold: Hold) -> None:
+def _compute_buffers(model: nn.Module) -> None:
+    """Gives a skeleton the buffers that no file holds, as Transformers does when it loads one."""
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    for module in model.modules():
+        names = [name for name, buffer in module.named_buffers(recurse=False) if not _is_stored(module, name)]
+        for name in names:
+            setattr(module, name, torch.empty_like(getattr(module, name), device="cpu"))
+        if names:
+            cast(Any, model)._init_weights(module)
+
+
+def _is_stored(module: nn.Module, buffer: str) -> bool:
+    return buffer in module.state_dict()
+
+
+@torch.no_grad()
+def _fill(
+    model: nn.Module,
+    manifest: Manifest,
+    weights: WeightsFile,
+    hold: Hold,
+    activations: kernels.Activations,
+) -> None:
     tied: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         tied.setdefault(id(parameter), []).append(name)
-    with weights.open() as read:
-        for name, empty in _tensors(model).items():
-            module = name.removesuffix(".weight")
-            names = tied.get(id(empty), [name])
-            if module in manifest.layers:
-                layer = manifest.layers[module]
-                weight = weights.weight(module, layer, read)
-                if hold == "float32":
-                    dense = packfile.to_weight(kernels.unpack(weight), layer.shape)
-                    _set(model, names, nn.Parameter(dense, requires_grad=False))
+
+    def make(module: str) -> Tensor | StoredWeight:
+        layer = manifest.layers[module]
+        weight = weights.weight(module, layer, read)
+        if hold == "float32":
+            return packfile.to_weight(kernels.unpack(weight), layer.shape)
+        form = _copied(weight) if hold == "packed" else kernels.expand(weight)
+        return StoredWeight(form, layer.shape, activations)
+
+    # Decoding waits for nobody: side by side, the largest first.
+    largest = sorted(manifest.layers, key=lambda module: -math.prod(manifest.layers[module].shape))
+    with weights.open() as read, ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        made = {module: pool.submit(torch.no_grad()(make), module) for module in largest}
+        try:
+            for name, empty in packfile.stored_tensors(model).items():
+                module = name.removesuffix(".weight")
+                names = tied.get(id(empty), [name])
+                if module in made:
+                    weight = made.pop(module).result()
+                    if isinstance(weight, StoredWeight):
+                        _replace_layers(model, names, weight)
+                    else:
+                        _set(model, names, nn.Parameter(weight, requires_grad=False))
+                elif name in manifest.computed:
+                    table = packfile.compute(manifest.computed[name], tuple(empty.shape))
+                    _set(model, names, nn.Parameter(table, requires_grad=False))
                 else:
-                    form = _copied(weight) if hold == "packed" else kernels.expand(weight)
-                    _replace_layers(model, names, StoredWeight(form, layer.shape))
-            elif name in manifest.computed:
-                table = packfile.compute(manifest.computed[name], tuple(empty.shape))
-                _set(model, names, nn.Parameter(table, requires_grad=False))
-            else:
-                value = read(name)
-                packfile.check_finite(value, f"{weights.path}: {name}")
-                value = value.to(empty.dtype, copy=True)
-                is_parameter = isinstance(empty, nn.Parameter)
-                _set(model, names, nn.Parameter(value, requires_grad=False) if is_parameter else value)
+                    value = read(name)
+                    packfile.check_finite(value, f"{weights.path}: {name}")
+                    value = value.to(empty.dtype, copy=True)
+                    is_parameter = isinstance(empty, nn.Parameter)
+                    _set(model, names, nn.Parameter(value, requires_grad=False) if is_parameter else value)
+        finally:
+            for waiting in made.values():
+                waiting.cancel()
 
 
 def _copied(weight: kernels.PackedWeight) -> kernels.PackedWeight:

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from usmlite import entropy, kernels
 from usmlite.errors import ModelError, OutputError, PackedModelError, SpecError
@@ -339,6 +339,13 @@ def to_weight(matrix: Tensor, shape: Sequence[int]) -> Tensor:
     return matrix.reshape(shape[0], shape[2], shape[1]).transpose(1, 2).contiguous()
 
 
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers that belong in a file, tied ones once; not what a model computes itself."""
+    persistent = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    return {**dict(model.named_parameters()), **buffers}
+
+
 # Tensors that are computed
 
 
@@ -582,7 +589,7 @@ class Manifest:
             where: what errors should name.
 
         Returns:
-            Dtype (None: float16, or any whole numbers) and shape of every stored tensor.
+            Dtype (None: float16, float32 or any whole numbers) and shape of every stored tensor.
 
         Raises:
             PackedModelError: the manifest speaks of weights that the model does not have, or not so.
@@ -756,7 +763,7 @@ class WeightsFile:
             )  # fmt: skip
 
     def check_tensors(self, expected: Mapping[str, tuple[torch.dtype | None, tuple[int, ...]]]) -> None:
-        """Compares names, dtypes (None: float16, or any whole numbers) and shapes.
+        """Compares names, dtypes (None: float16, float32 or any whole numbers) and shapes.
 
         Raises:
             PackedModelError: a tensor is missing, too many, or of another dtype or shape.
@@ -777,7 +784,7 @@ class WeightsFile:
                 )  # fmt: skip
         for name, (dtype, shape) in expected.items():
             entry = self.entries[name]
-            usual = entry.dtype == torch.float16 or not (
+            usual = entry.dtype in (torch.float16, torch.float32) or not (
                 entry.dtype.is_floating_point or entry.dtype.is_complex
             )
             if entry.shape != shape or not (usual if dtype is None else entry.dtype == dtype):

@@ -194,7 +194,7 @@ class StudentRecipe:
         choices=("magnitude", "activation", "hessian"),
     )
     calibration: int = _key(
-        24, "30-second windows of training speech that the starting point is computed from"
+        96, "30-second windows of training speech that the starting point is computed from"
     )
     scales: str = _key(
         "learned",

@@ -1,4 +1,4 @@
-"""Audio of any length to transcripts, with any model of the family: dense, student or packed.
+"""Audio of any length to transcripts, with any model: dense, student or packed.
 
 Long audio is read through 30-second windows. Each one is decoded with timestamps, and the next one
 begins where the last complete segment ended (the seek rule of openai/whisper `transcribe.py`), so that
@@ -27,7 +27,8 @@ from usmlite.audio import (
     check_samples,
     load_audio,
 )
-from usmlite.models import Decoded, WhisperAdapter
+from usmlite.errors import AudioError
+from usmlite.models import Adapter, Decoded
 
 NO_SPEECH = 0.6
 """A window is silence where the model gives no speech more than this probability ..."""
@@ -80,10 +81,10 @@ class _Recording:
     def duration(self) -> float:
         return len(self.samples) / SAMPLE_RATE
 
-    @property
-    def done(self) -> bool:
+    def done(self, shortest: float) -> bool:
+        """Whether nothing is left, or less than the shortest audio, in seconds, that holds a word."""
         rest = len(self.samples) - self.position
-        return rest <= 0 or (self.position > 0 and rest < _SHORTEST * SAMPLE_RATE)
+        return rest <= 0 or (self.position > 0 and rest < shortest * SAMPLE_RATE)
 
     def window(self) -> np.ndarray:
         return self.samples[self.position : self.position + WINDOW_SAMPLES]
@@ -93,7 +94,7 @@ class Recognizer:
     """Transcribes audio with one model.
 
     Args:
-        model: a `WhisperForConditionalGeneration`, its layers possibly replaced; it is put in eval mode.
+        model: a class of Transformers, its layers possibly replaced; it is put in eval mode.
         adapter: the adapter that goes with it.
         name: what results should call it.
         kind: "dense", "student" or "packed".
@@ -101,7 +102,7 @@ class Recognizer:
     """
 
     def __init__(
-        self, model: nn.Module, adapter: WhisperAdapter, *, name: str, kind: str, weights_bytes: int
+        self, model: nn.Module, adapter: Adapter, *, name: str, kind: str, weights_bytes: int
     ) -> None:
         self.model = model.eval()
         self.adapter = adapter
@@ -170,13 +171,14 @@ class Recognizer:
         single = isinstance(audio, (str, Path, np.ndarray))
         items: list[Audio] = [audio] if isinstance(audio, (str, Path, np.ndarray)) else list(audio)
         # Recordings of one language are decoded together: a language that is no question is not asked.
-        language = self.adapter.language_code(language or (None if self.adapter.is_multilingual else "en"))
+        language = self.adapter.language_code(language or self.adapter.only_language)
         finished: dict[int, Transcript] = {}
         tracker = _Progress(items, progress)
         waiting = enumerate(items)
         active: list[_Recording] = []
         while True:
-            active += _fill(waiting, batch_size - len(active), timestamps, language)
+            room = batch_size - len(active)
+            active += _fill(waiting, room, timestamps, language, self.adapter.shortest)
             if not active:
                 break
             for recording in self._advance(active, task):
@@ -207,21 +209,18 @@ class Recognizer:
         for recording in active:
             groups.setdefault((recording.timestamps, recording.language), []).append(recording)
         for (timestamps, language), group in groups.items():
-            windows = np.zeros((len(group), WINDOW_SAMPLES), dtype=np.float32)
-            for row, recording in zip(windows, group, strict=True):
-                samples = recording.window()
-                row[: len(samples)] = samples
             device = next(self.model.parameters()).device
-            decoded = self.adapter.decode(
+            decoded = self.adapter.transcribe(
                 self.model,
-                self.adapter.features(torch.from_numpy(windows).to(device)),
+                [torch.tensor(recording.window(), device=device) for recording in group],
                 timestamps=timestamps,
                 language=language,
                 task=task,
             )
             for recording, result in zip(group, decoded, strict=True):
                 self._take(recording, result)
-        return [recording for recording in active if recording.done]
+        shortest = max(_SHORTEST, self.adapter.shortest)
+        return [recording for recording in active if recording.done(shortest)]
 
     def _take(self, recording: _Recording, decoded: Decoded) -> None:
         offset = recording.position / SAMPLE_RATE
@@ -229,8 +228,7 @@ class Recognizer:
         recording.language = recording.language or decoded.language
         advance: float | None = None
         if not (decoded.no_speech > NO_SPEECH and decoded.mean_logprob <= NO_SPEECH_LOGPROB):
-            if recording.timestamps:
-                _, advance = self.adapter.segments(decoded.tokens)
+            advance = decoded.advance
             for piece in decoded.segments:
                 start, end = min(piece.start, span), min(piece.end, span)
                 recording.segments.append(
@@ -240,7 +238,11 @@ class Recognizer:
 
 
 def _fill(
-    waiting: Iterator[tuple[int, Audio]], room: int, timestamps: bool, language: str | None
+    waiting: Iterator[tuple[int, Audio]],
+    room: int,
+    timestamps: bool,
+    language: str | None,
+    shortest: float,
 ) -> Iterator[_Recording]:
     """Opens the next recordings, no more than are decoded side by side: files are not all in memory."""
     for _ in range(room):
@@ -249,6 +251,13 @@ def _fill(
             return
         index, audio = item
         samples = _samples(index, audio)
+        if len(samples) < shortest * SAMPLE_RATE:
+            raise AudioError(
+                "the audio is shorter than one frame of the model",
+                where=f"audio {index}" if isinstance(audio, np.ndarray) else audio,
+                expected=f"at least {shortest:.3f} s",
+                found=f"{len(samples) / SAMPLE_RATE:.3f} s",
+            )
         yield _Recording(index, samples, timestamps or len(samples) > WINDOW_SAMPLES, language)
 
 

@@ -537,7 +537,7 @@ CompressedLayer = CompressedLinear | CompressedConv1d | CompressedEmbedding | Co
 def _wrap(layer: nn.Module, kind: str, compression: WeightCompression) -> nn.Module:
     if kind == "linear" and isinstance(layer, nn.Linear):
         return CompressedLinear.wrap(layer, compression)
-    if kind == "conv1d" and isinstance(layer, nn.Conv1d):
+    if kind in ("conv1d", "linear") and isinstance(layer, nn.Conv1d):
         return CompressedConv1d.wrap(layer, compression)
     if kind == "embedding" and isinstance(layer, nn.Embedding):
         return CompressedEmbedding.wrap(layer, compression)
@@ -573,13 +573,19 @@ def make_student(
 
     Raises:
         ModelError: a listed weight is not there or not of its kind.
-        SpecError: the spec covers no weight at all though it has rules.
+        SpecError: the spec compresses something, but no weight of this model.
     """
     options = options or StudentOptions()
     kinds = {name.removesuffix(".weight"): kind for name, kind in compressible.items()}
     specs = {name: spec.resolve(name, kind) for name, kind in kinds.items()}
-    if spec.rules and not kinds:
-        raise SpecError("the spec covers no weight of this model", expected="at least one match")
+    wanted = [rule for rule in spec.rules if not rule.spec.is_kept]
+    if wanted and all(each.is_kept for each in specs.values()):
+        raise SpecError(
+            "the spec compresses no weight of this model",
+            where=", ".join(f"{rule.match} ({rule.kind or 'any kind'})" for rule in wanted),
+            expected=f"a rule for one of {len(kinds)} weights, such as {next(iter(kinds), 'none')}",
+            remedy="'usmlite info MODEL' lists the weights and what becomes of them.",
+        )
     student = copy.deepcopy(teacher)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(parameter.is_floating_point() and name not in computed)
@@ -604,6 +610,17 @@ def make_student(
         if shared is not None and type(layer) is nn.Linear:
             student.set_submodule(name, CompressedLinear.wrap(layer, shared, borrowed=True))
     return student.train()
+
+
+def train_compression(student: nn.Module) -> None:
+    """Lets what the compression draws at random be drawn; the network itself computes as it will be used.
+
+    So there is no dropout and no dropped layer, batch norms keep the statistics of the speech that the model
+    was trained on, and models that mask their own features (from NumPy's global generator) do not.
+    """
+    student.eval()
+    for _, layer in compressed_layers(student):
+        layer.compression.train()
 
 
 def compressed_layers(student: nn.Module) -> Iterator[tuple[str, CompressedLayer]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import runpy
 import shlex
@@ -133,6 +134,13 @@ def test_results_have_their_markers() -> None:
 def test_results_are_those_of_the_table() -> None:
     table = runpy.run_path(str(ROOT / "benchmarks/librispeech.py"))["table"]()
     assert README.split("<!-- results -->")[1].split("<!-- /results -->")[0].strip() == table
+
+
+def test_the_figures_of_the_native_kernels_are_those_measured() -> None:
+    page = runpy.run_path(str(ROOT / "benchmarks/native.py"))["page"]
+    measured = json.loads((ROOT / "results/native.json").read_text(encoding="utf-8"))
+    shown = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    assert shown.split("<!-- native -->")[1].split("<!-- /native -->")[0].strip() == page(measured)
 
 
 def test_public_names_exist() -> None:

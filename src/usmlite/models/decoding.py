@@ -27,42 +27,6 @@ _CACHE_CHUNK = 64  # positions by which the self-attention cache grows
 
 
 @dataclass(frozen=True)
-class TimedText:
-    """Text with its place in a window.
-
-    Attributes:
-        start: seconds from the window's beginning.
-        end: seconds from the window's beginning.
-        text: what is said, without surrounding space.
-    """
-
-    start: float
-    end: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """What was decoded from one window.
-
-    Attributes:
-        tokens: what the model emitted after the prompt, without the end token; timestamps included.
-        text: the text of all tokens.
-        segments: the text with times; one segment over the whole window where there are no timestamps.
-        language: the language code, such as "en".
-        no_speech: the model's probability that the window holds no speech.
-        mean_logprob: the mean log probability (natural) of the emitted tokens and the end token.
-    """
-
-    tokens: tuple[int, ...]
-    text: str
-    segments: tuple[TimedText, ...]
-    language: str
-    no_speech: float
-    mean_logprob: float
-
-
-@dataclass(frozen=True)
 class DecodingOptions:
     """What the greedy loop needs to know about the vocabulary and the task.
 

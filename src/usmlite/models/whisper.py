@@ -7,35 +7,52 @@ carries them.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, WhisperConfig, WhisperFeatureExtractor, WhisperTokenizer
+from transformers import (
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
+)
 from transformers.models.whisper.configuration_whisper import NON_SPEECH_TOKENS, NON_SPEECH_TOKENS_MULTI
 from transformers.models.whisper.modeling_whisper import sinusoids
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from usmlite.audio import WINDOW_SAMPLES, WINDOW_SECONDS, log_mel
 from usmlite.errors import ModelError
+from usmlite.models.adapter import (
+    Adapter,
+    Attention,
+    Decoded,
+    TimedText,
+    check_expected,
+    read_processor,
+    unknown_task,
+)
 from usmlite.models.decoding import (
     SECONDS_PER_TIMESTAMP,
     TIMESTAMPS,
-    Decoded,
     DecodingOptions,
     Row,
-    TimedText,
     decode_greedily,
 )
+from usmlite.network import IGNORED
 
 TASKS = ("transcribe", "translate")
 TOKENIZER_FILE = "tokenizer.json"
-IGNORED = -100  # label of positions that are not scored
 
+# float16 files round the sinusoids, which lie within -1 and 1, by at most 2**-12.
+_SINUSOID_TOLERANCE = 2**-11
 ENCODER_POSITIONS = "model.encoder.embed_positions.weight"
 # Chosen on LibriSpeech's dev set among 0, 1/4 and 1/2 octaves a doubling (docs/decisions/0009).
 _FREQUENT_TOKENS, _OCTAVES_PER_DOUBLING, _MOST_OCTAVES = 1000, 0.5, 2.0
@@ -43,22 +60,7 @@ _ENGLISH_VOCABULARY = 51_864  # one token fewer than the smallest multilingual v
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-@dataclass(frozen=True)
-class Attention:
-    """Where one attention of a model can be read.
-
-    Attributes:
-        queries: name of the module that gives them, `[batch, tokens, d]`.
-        keys: name of the module that gives the keys, `[batch, frames, d]`.
-        heads: how many.
-    """
-
-    queries: str
-    keys: str
-    heads: int
-
-
-class WhisperAdapter:
+class WhisperAdapter(Adapter):
     """The family-specific half of a Whisper model: everything but the network.
 
     Args:
@@ -72,6 +74,9 @@ class WhisperAdapter:
     """
 
     family = "whisper"
+    may_miss = frozenset({"proj_out.weight", ENCODER_POSITIONS})
+    fixed_settings: ClassVar[Mapping[str, object]] = {"max_source_positions": 1500}  # of 30 seconds
+    config: WhisperConfig
 
     def __init__(
         self,
@@ -152,6 +157,11 @@ class WhisperAdapter:
         ids = range(self.start + 1, self._token("<|translate|>"))
         return {str(self._backend.id_to_token(number)).strip("<|>"): number for number in ids}
 
+    @property
+    def only_language(self) -> str | None:
+        """English, for an English-only model."""
+        return None if self.is_multilingual else "en"
+
     def language_code(self, language: str | None) -> str | None:
         """The code of a language given by code or English name; None stays None.
 
@@ -173,6 +183,21 @@ class WhisperAdapter:
         return code
 
     # Features and targets
+
+    def hear(self, samples: Tensor, seconds: Sequence[float]) -> dict[str, Tensor]:
+        """Log-mel features of whole windows: silence after the speech is heard too."""
+        return {"input_features": self.features(samples)}
+
+    def teach(
+        self, windows: Sequence[Sequence[TimedText]], *, timestamps: Sequence[bool], language: str | None
+    ) -> dict[str, Tensor]:
+        """Decoder inputs and labels, see `targets`."""
+        ids, labels = self.targets(windows, timestamps=timestamps, language=language)
+        return {"decoder_input_ids": ids, "labels": labels}
+
+    def written(self, text: str) -> str:
+        """A sentence: Whisper was not trained to shout as corpora in capitals do."""
+        return text.capitalize() if text.isupper() else text
 
     def features(self, samples: Tensor) -> Tensor:
         """Log-mel features.
@@ -292,6 +317,26 @@ class WhisperAdapter:
 
     # Decoding
 
+    def transcribe(
+        self,
+        model: nn.Module,
+        audio: Sequence[Tensor],
+        *,
+        timestamps: bool = False,
+        language: str | None = None,
+        task: str = "transcribe",
+    ) -> list[Decoded]:
+        """See `Adapter.transcribe`; windows are padded with silence to 30 seconds."""
+        windows = torch.zeros(len(audio), WINDOW_SAMPLES, device=audio[0].device)
+        for row, samples in zip(windows, audio, strict=True):
+            row[: len(samples)] = samples
+        found = self.decode(
+            model, self.features(windows), timestamps=timestamps, language=language, task=task
+        )
+        if not timestamps:
+            return found
+        return [replace(each, advance=self.segments(each.tokens)[1]) for each in found]
+
     def decode(
         self,
         model: nn.Module,
@@ -320,13 +365,9 @@ class WhisperAdapter:
         """
         code = self.language_code(language)
         if task not in TASKS or (task != "transcribe" and not self.is_multilingual):
-            raise ModelError(
-                f"the model does not know the task {task!r}",
-                where=self._where,
-                expected=" or ".join(TASKS if self.is_multilingual else TASKS[:1]),
-                remedy="Choose another task"
-                + ("." if self.is_multilingual else ", or a multilingual model such as base."),
-            )
+            remedy = "." if self.is_multilingual else ", or a multilingual model such as base."
+            tasks = TASKS if self.is_multilingual else TASKS[:1]
+            raise unknown_task(task, tasks, self._where, f"Choose another task{remedy}")
         options = DecodingOptions(
             end=self.end,
             timestamp_begin=self.timestamp_begin if timestamps else None,
@@ -438,6 +479,11 @@ class WhisperAdapter:
             )
         return kinds
 
+    @classmethod
+    def part(cls, name: str) -> str:
+        """The encoder, or the decoder with the token embedding, which is the output projection too."""
+        return "encoder" if name.startswith("model.encoder.") else "decoder"
+
     def octaves(self) -> dict[str, Tensor]:
         """By how many doublings the steps of a table's rows may be larger where words are seldom used.
 
@@ -488,6 +534,49 @@ class WhisperAdapter:
 
     # Files
 
+    @classmethod
+    def model_class(cls) -> type[PreTrainedModel]:
+        """Whisper has one."""
+        return WhisperForConditionalGeneration
+
+    @classmethod
+    def check_shapes(
+        cls, shapes: Mapping[str, tuple[int, ...]], config: PretrainedConfig, where: str | Path
+    ) -> None:
+        """Some weights of each size and each side's last layer; see `Adapter.check_shapes`."""
+        sizes = cast(WhisperConfig, config)
+        width = sizes.d_model
+        # Some files were saved from the inner model, without the first "model.".
+        found = {
+            name if name.startswith(("model.", "proj_out.")) else f"model.{name}": shape
+            for name, shape in shapes.items()
+        }
+        expected = {
+            "model.encoder.conv1.weight": (width, sizes.num_mel_bins, 3),
+            "model.decoder.embed_tokens.weight": (sizes.vocab_size, width),
+            "model.decoder.embed_positions.weight": (sizes.max_target_positions, width),
+        }
+        if ENCODER_POSITIONS in found:
+            expected[ENCODER_POSITIONS] = (sizes.max_source_positions, width)
+        for side, layers, ffn in (
+            ("encoder", sizes.encoder_layers, sizes.encoder_ffn_dim),
+            ("decoder", sizes.decoder_layers, sizes.decoder_ffn_dim),
+        ):
+            expected[f"model.{side}.layers.{layers - 1}.fc1.weight"] = (ffn, width)
+        check_expected(found, expected, where)
+
+    @torch.no_grad()
+    def restore(self, model: nn.Module) -> None:
+        """Computes the encoder's positions where they are the sinusoids, but for rounding."""
+        positions = cast(Any, model).model.encoder.embed_positions
+        sinusoids = self.compute(ENCODER_POSITIONS)
+        if bool((positions.weight - sinusoids).abs().max() <= _SINUSOID_TOLERANCE):
+            positions.weight = nn.Parameter(sinusoids, requires_grad=False)
+
+    def restore_settings(self, model: nn.Module) -> None:
+        """For Transformers' own `generate`."""
+        cast(Any, model).generation_config = self.generation
+
     def save_processor(self, directory: Path) -> None:
         """Writes the tokenizer, `preprocessor_config.json` and `generation_config.json`.
 
@@ -500,25 +589,25 @@ class WhisperAdapter:
         self.generation.save_pretrained(directory)
 
     @classmethod
-    def from_directory(cls, directory: str | Path, config: WhisperConfig) -> WhisperAdapter:
+    def from_directory(
+        cls, directory: str | Path, config: PretrainedConfig, *, local: bool = True
+    ) -> WhisperAdapter:
         """Reads what `save_processor` wrote, or any Whisper directory of Transformers.
 
         Raises:
             ModelError: the tokenizer is missing or damaged, or does not fit the configuration.
         """
-        directory = Path(directory)
         generation = None
-        if (directory / "generation_config.json").is_file():
-            try:
-                generation = GenerationConfig.from_pretrained(directory, local_files_only=True)
-            except (OSError, ValueError, TypeError) as error:
-                raise ModelError(
-                    "the generation settings cannot be read",
-                    where=directory / "generation_config.json",
-                    found=str(error).splitlines()[0],
-                    remedy="Download or write the model again.",
-                ) from error
-        return cls(config, read_tokenizer(directory), generation, where=directory)
+        settings = Path(directory) / "generation_config.json"
+        if settings.is_file() or not local:
+            generation = read_processor(
+                GenerationConfig, directory, "generation settings", local=local, where=settings
+            )
+        if local:
+            tokenizer = read_tokenizer(Path(directory))
+        else:
+            tokenizer = read_processor(WhisperTokenizer, directory, "tokenizer", local=False)
+        return cls(cast(WhisperConfig, config), tokenizer, generation, where=directory)
 
 
 def read_tokenizer(directory: Path) -> WhisperTokenizer:
@@ -527,19 +616,16 @@ def read_tokenizer(directory: Path) -> WhisperTokenizer:
     Raises:
         ModelError: there is none, or it is damaged.
     """
-    remedy = "Copy tokenizer.json from the model that the weights come from."
     slow = (directory / "vocab.json", directory / "merges.txt")
     if not (directory / TOKENIZER_FILE).is_file() and not all(path.is_file() for path in slow):
-        raise ModelError("the tokenizer is missing", where=directory / TOKENIZER_FILE, remedy=remedy)
-    try:
-        return cast(WhisperTokenizer, WhisperTokenizer.from_pretrained(directory, local_files_only=True))
-    except Exception as error:  # the tokenizers library raises bare Exception on bad files
         raise ModelError(
-            "the tokenizer cannot be read",
+            "the tokenizer is missing",
             where=directory / TOKENIZER_FILE,
-            found=(str(error) or type(error).__name__).splitlines()[0],
-            remedy=remedy,
-        ) from error
+            remedy="Copy tokenizer.json from the model that the weights come from.",
+        )
+    where = directory / TOKENIZER_FILE
+    found = read_processor(WhisperTokenizer, directory, "tokenizer", local=True, where=where)
+    return cast(WhisperTokenizer, found)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,28 @@
+// Activations times a weight.
+#pragma once
+
+#include <cstddef>
+
+#include "isa.hpp"
+#include "weight.hpp"
+
+namespace usmlite {
+
+// y[i, :] = weight x[i, :] + bias for i < count.
+//
+// x: float32, row i at x + i * x_stride, weight.columns() numbers in each.
+// bias: float32 [weight.rows()], or null.
+// y: float32 [count, weight.rows()].
+// whole: multiply in whole numbers, each row of x rounded to 256 steps between its smallest and its largest number
+//   (or 0); weight.compute_sums must have been called. Else in float32.
+void linear(const Weight& weight, const float* x, size_t count, size_t x_stride, const float* bias, float* y,
+            bool whole, const Isa& isa, int threads);
+
+// out[i, :] = row ids[i] of the weight, float32 [count, weight.columns()].
+// Throws std::out_of_range where there is no such row.
+void gather(const Weight& weight, const int64_t* ids, size_t count, float* out, const Isa& isa, int threads);
+
+// The whole weight as levels, int8 [weight.rows(), weight.columns()].
+void expand(const Weight& weight, int8_t* out, const Isa& isa, int threads);
+
+}  // namespace usmlite

@@ -1,0 +1,140 @@
+#include "rans.hpp"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace usmlite {
+namespace {
+
+constexpr int kBits = 12;  // frequencies add up to 2^12
+constexpr uint32_t kTotal = 1u << kBits;
+constexpr uint32_t kLowest = 1u << 16;  // states lie in 2^16 .. 2^32 - 1 between steps
+constexpr int kMostTables = 64;
+
+uint32_t read16(const uint8_t* at) { return at[0] | static_cast<uint32_t>(at[1]) << 8; }
+
+uint32_t read32(const uint8_t* at) { return read16(at) | read16(at + 2) << 16; }
+
+// A slot's entry: its symbol in bits 0 to 7, its place in the symbol's range in bits 8 to 19, the symbol's
+// frequency less one in bits 20 to 31.
+void fill_table(const uint16_t* frequencies, uint32_t symbols, uint32_t* table) {
+  uint32_t slot = 0;
+  for (uint32_t symbol = 0; symbol < symbols; ++symbol) {
+    const uint32_t frequency = frequencies[symbol];
+    for (uint32_t place = 0; place < frequency; ++place) {
+      table[slot++] = symbol | place << 8 | (frequency - 1) << 20;
+    }
+  }
+}
+
+// One code of every lane. `starts` says where each code's table begins. `Careful` looks for the end of the words at
+// each of them; without it the caller has seen that there is one for every lane.
+template <bool Careful>
+bool step(const uint32_t* tables, const uint32_t* starts, uint32_t* states, size_t lanes, const uint8_t*& words,
+          const uint8_t* end, uint8_t* out) {
+  const uint8_t* next = words;
+  for (size_t lane = 0; lane < lanes; ++lane) {
+    uint32_t x = states[lane];
+    const uint32_t entry = tables[starts[lane] + (x & (kTotal - 1))];
+    out[lane] = static_cast<uint8_t>(entry);
+    x = ((entry >> 20) + 1) * (x >> kBits) + (entry >> 8 & (kTotal - 1));
+    if (Careful) {
+      if (x < kLowest) {
+        if (next == end) return false;
+        x = x << 16 | read16(next);
+        next += 2;
+      }
+    } else {
+      // Without a branch: whether a lane needs a word is as good as random.
+      const bool empty = x < kLowest;
+      const uint32_t filled = x << 16 | read16(next);
+      x = empty ? filled : x;
+      next += empty ? 2 : 0;
+    }
+    states[lane] = x;
+  }
+  words = next;
+  return true;
+}
+
+// Where the tables of some neighbours in a row begin, by the level of the row less the lowest sum.
+void find_tables(int level, const uint8_t* columns, size_t count, int tables, uint32_t* starts) {
+  for (size_t k = 0; k < count; ++k) {
+    const int table = level + columns[k];
+    starts[k] = static_cast<uint32_t>(table < 0 ? 0 : table >= tables ? tables - 1 : table) << kBits;
+  }
+}
+
+std::vector<uint32_t> make_tables(const Coded& coded) {
+  const size_t symbols = size_t{1} << coded.bits, tables = static_cast<size_t>(coded.tables);
+  for (size_t table = 0; table < tables; ++table) {
+    uint32_t sum = 0;
+    for (size_t symbol = 0; symbol < symbols; ++symbol) sum += coded.frequencies[table * symbols + symbol];
+    if (sum != kTotal) {
+      throw std::invalid_argument("frequencies add up to " + std::to_string(sum) + " instead of " +
+                                  std::to_string(kTotal));
+    }
+  }
+  std::vector<uint32_t> entries(tables << kBits);
+  for (size_t table = 0; table < tables; ++table) {
+    fill_table(coded.frequencies + table * symbols, static_cast<uint32_t>(symbols), entries.data() + (table << kBits));
+  }
+  return entries;
+}
+
+}  // namespace
+
+uint64_t rans_lanes(uint64_t count) {
+  return std::max<uint64_t>(1, std::min<uint64_t>(count, 32 + count / 16384));
+}
+
+void rans_decode(const Coded& coded, uint8_t* out) {
+  if (coded.bits < 1 || coded.bits > 8 || coded.tables < 1 || coded.tables > kMostTables || coded.lowest < 0 ||
+      coded.lowest > 255) {
+    throw std::invalid_argument("codes have 1 to 8 bits and 1 to 64 tables");
+  }
+  if (coded.columns != 0 && coded.rows > SIZE_MAX / 8 / coded.columns) {
+    throw std::invalid_argument("sizes are too large");
+  }
+  const size_t count = coded.rows * coded.columns, lanes = static_cast<size_t>(rans_lanes(count));
+  if (coded.stream_bytes / 4 < lanes || coded.stream_bytes % 2 != 0) {
+    throw std::invalid_argument(std::to_string(coded.stream_bytes) + " bytes cannot hold " + std::to_string(count) +
+                                " codes");
+  }
+  const std::vector<uint32_t> tables = make_tables(coded);
+  std::vector<uint32_t> states(lanes), starts(lanes);
+  for (size_t lane = 0; lane < lanes; ++lane) states[lane] = read32(coded.stream + 4 * lane);
+  const uint8_t* words = coded.stream + 4 * lanes;
+  const uint8_t* end = coded.stream + coded.stream_bytes;
+
+  size_t row = 0, column = 0;
+  for (size_t first = 0; first < count; first += lanes) {
+    const size_t stop = std::min(count, first + lanes), taking_part = stop - first;
+    if (coded.tables > 1) {
+      for (size_t code = first; code < stop;) {  // a step may lie in several rows
+        const size_t part = std::min(stop - code, coded.columns - column);
+        find_tables(coded.row_levels[row] - coded.lowest, coded.column_levels + column, part, coded.tables,
+                    starts.data() + (code - first));
+        code += part;
+        column += part;
+        if (column == coded.columns) {
+          column = 0;
+          ++row;
+        }
+      }
+    }
+    const bool plenty = static_cast<size_t>(end - words) >= 2 * taking_part;  // a word for every lane
+    const auto run = plenty ? step<false> : step<true>;
+    if (!run(tables.data(), starts.data(), states.data(), taking_part, words, end, out + first)) {
+      throw std::invalid_argument("the stream ends early");
+    }
+  }
+  // What encoding started from; anything else was altered.
+  if (words != end || std::any_of(states.begin(), states.end(), [](uint32_t x) { return x != kLowest; })) {
+    throw std::invalid_argument("the stream does not end where its codes do");
+  }
+}
+
+}  // namespace usmlite

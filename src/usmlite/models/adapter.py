@@ -1,0 +1,330 @@
+"""What usmlite must know about a family of models, in one interface. See docs/adding-a-model.md."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from usmlite.errors import ModelError
+from usmlite.network import SEQUENCE_TO_SEQUENCE, Network
+
+
+@dataclass(frozen=True)
+class TimedText:
+    """Text with its place in a window.
+
+    Attributes:
+        start: seconds from the window's beginning.
+        end: seconds from the window's beginning.
+        text: what is said, without surrounding space.
+    """
+
+    start: float
+    end: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What was decoded from one window.
+
+    Attributes:
+        tokens: what the model emitted after the prompt, without the end token; timestamps included.
+        text: the text of all tokens.
+        segments: the text with times; one segment over the whole window where there are no timestamps.
+        language: the language code, such as "en".
+        no_speech: the model's probability that the window holds no speech.
+        mean_logprob: the mean log probability (natural) of the emitted tokens and the end token.
+        advance: where the next window should begin, in seconds from the start of this one; None where this
+            window is used up. What lies beyond it is in no segment.
+    """
+
+    tokens: tuple[int, ...]
+    text: str
+    segments: tuple[TimedText, ...]
+    language: str
+    no_speech: float
+    mean_logprob: float
+    advance: float | None = None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Where one attention of a model can be read.
+
+    Attributes:
+        queries: name of the module that gives them, `[batch, tokens, d]`.
+        keys: name of the module that gives the keys, `[batch, frames, d]`.
+        heads: how many.
+    """
+
+    queries: str
+    keys: str
+    heads: int
+
+
+class Adapter(ABC):
+    """The family-specific half of a model: everything but the network.
+
+    Attributes:
+        family: its name.
+        may_miss: weights that a file need not have, because they are computed or tied.
+        fixed_settings: settings in config.json that can have no other value.
+        config: the model's configuration.
+        network: how the network is run.
+        main_input: the network's name for what it hears.
+        has_idle_parameters: whether some parameters take no part in training.
+        channel_axis: axis of the main input that holds channels (mel bins); None for plain samples.
+    """
+
+    family: ClassVar[str]
+    may_miss: ClassVar[frozenset[str]] = frozenset()
+    fixed_settings: ClassVar[Mapping[str, object]] = {}
+    config: PretrainedConfig
+    network: Network = SEQUENCE_TO_SEQUENCE
+    main_input: str = "input_features"
+    has_idle_parameters: bool = False
+    channel_axis: int | None = 1
+
+    # Files
+
+    @classmethod
+    @abstractmethod
+    def model_class(cls) -> type[PreTrainedModel]:
+        """The class of Transformers."""
+
+    @classmethod
+    @abstractmethod
+    def from_directory(
+        cls, directory: str | Path, config: PretrainedConfig, *, local: bool = True
+    ) -> Adapter:
+        """Reads tokenizer and feature extractor from a directory, or from the hub unless `local`.
+
+        Raises:
+            ModelError: one is missing or damaged, or does not fit the configuration.
+        """
+
+    @abstractmethod
+    def save_processor(self, directory: Path) -> None:
+        """Writes what `from_directory` reads into a directory that exists."""
+
+    @classmethod
+    def prepare(cls, model: nn.Module) -> None:
+        """Changes a fresh model in place so that every weight belongs to a layer that is called.
+
+        What it computes stays the same. Twice is the same as once.
+        """
+        return
+
+    @classmethod
+    def check_shapes(
+        cls, shapes: Mapping[str, tuple[int, ...]], config: PretrainedConfig, where: str | Path
+    ) -> None:
+        """Compares a configuration with the weights' headers before anything of the claimed size is made.
+
+        Raises:
+            ModelError: they contradict each other.
+        """
+        return
+
+    def restore(self, model: nn.Module) -> None:
+        """Puts right, in place, what files round although it could be computed."""
+        return
+
+    def restore_settings(self, model: nn.Module) -> None:
+        """Gives a loaded model the settings that are kept beside its weights."""
+        return
+
+    # Speech and text
+
+    @property
+    def shortest(self) -> float:
+        """Seconds of audio without which there is not a single frame."""
+        return 0.0
+
+    @property
+    def only_language(self) -> str | None:
+        """The language of all speech; None where that is a question, or not known."""
+        return None
+
+    @abstractmethod
+    def hear(self, samples: Tensor, seconds: Sequence[float]) -> dict[str, Tensor]:
+        """Inputs of the network, on the samples' device.
+
+        Args:
+            samples: float32 `[batch, samples]` at 16 kHz, zero-padded.
+            seconds: of each row, how much is audio.
+
+        Raises:
+            AudioError: a row is shorter than one frame.
+        """
+
+    @abstractmethod
+    def teach(
+        self, windows: Sequence[Sequence[TimedText]], *, timestamps: Sequence[bool], language: str | None
+    ) -> dict[str, Tensor]:
+        """What else of a batch follows from the text: "labels", and a decoder's inputs.
+
+        Args:
+            windows: the texts of each window, in order, with times in seconds from its start.
+            timestamps: for each window, whether times are written, where the family can.
+            language: code or name; None is English.
+        """
+
+    def written(self, text: str) -> str:
+        """A corpus's text as the family writes; letters that it cannot write stay."""
+        return text
+
+    def unwritable(self, text: str) -> str:
+        """The letters of a text (as `written`) that the tokenizer lacks, each once."""
+        return ""
+
+    def fits(self, text: str, seconds: float) -> bool:
+        """Whether so long a text (as `written`) can be learned from so much audio."""
+        return True
+
+    def words(self, tokens: Tensor) -> Tensor:
+        """Which of a decoder's inputs are text: bool of the same shape.
+
+        Raises:
+            NotImplementedError: the family has no decoder.
+        """
+        raise NotImplementedError
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether the text so far is an input."""
+        return bool(self.attentions())
+
+    def language_code(self, language: str | None) -> str | None:
+        """The code of a language given by code or name; None stays None.
+
+        Raises:
+            ModelError: the model does not know the language.
+        """
+        return language
+
+    @abstractmethod
+    def transcribe(
+        self,
+        model: nn.Module,
+        audio: Sequence[Tensor],
+        *,
+        timestamps: bool = False,
+        language: str | None = None,
+        task: str = "transcribe",
+    ) -> list[Decoded]:
+        """Transcribes windows greedily, side by side.
+
+        Args:
+            model: in eval mode; its layers may be replaced.
+            audio: float32 `[samples]` each, at 16 kHz, at most 30 s, on the model's device.
+            timestamps: whether segments with times are wanted.
+            language: code or name; None where it is not known.
+            task: "transcribe", or what else the family can do.
+
+        Returns:
+            One result for each window, in order.
+
+        Raises:
+            ModelError: the model does not know the language or the task.
+        """
+
+    # Weights
+
+    @abstractmethod
+    def compressible(self, model: nn.Module) -> dict[str, str]:
+        """Every weight that a compression spec may name, in the order of the forward pass.
+
+        Args:
+            model: the dense model.
+
+        Returns:
+            Weight name to kind: "conv1d", "linear", "embedding" or "positions"; tied ones once.
+        """
+
+    @classmethod
+    def part(cls, name: str) -> str:
+        """The part of the network that a tensor belongs to, in words."""
+        return "network"
+
+    def centre(self, model: nn.Module) -> None:
+        """Makes weights easier to quantize, in place; what the model computes stays the same."""
+        return
+
+    def octaves(self) -> dict[str, Tensor]:
+        """By how many doublings a table's rows may have larger steps: weight name to float32 `[rows]`."""
+        return {}
+
+    def computed(self, model: nn.Module) -> set[str]:
+        """Names of the weights that are computed, so that no file need store them and nothing trains them."""
+        return set()
+
+    @abstractmethod
+    def layers(self) -> list[str]:
+        """The modules whose outputs are the residual stream after each layer, encoder first."""
+
+    def attentions(self) -> list[Attention]:
+        """The attentions from the text to the speech."""
+        return []
+
+
+def unknown_task(task: str, tasks: Sequence[str], where: object, remedy: str) -> ModelError:
+    """The error for a task that a model does not know."""
+    return ModelError(
+        f"the model does not know the task {task!r}",
+        where=str(where),
+        expected=" or ".join(tasks),
+        remedy=remedy,
+    )
+
+
+def check_expected(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str | Path
+) -> None:
+    """Compares shapes in the weights' headers with those that follow from the configuration.
+
+    Raises:
+        ModelError: a weight is missing or of another shape.
+    """
+    for name, shape in expected.items():
+        if found.get(name) != shape:
+            raise ModelError(
+                f"the weight {name} contradicts config.json",
+                where=where,
+                expected=f"shape {shape}",
+                found=f"shape {found[name]}" if name in found else "no such weight",
+                remedy="Download the model again.",
+            )
+
+
+def read_processor(
+    reader: Any, location: str | Path, what: str, *, local: bool, where: str | Path | None = None
+) -> Any:
+    """What a Transformers class reads from a model's directory, or from the hub.
+
+    Args:
+        reader: a class with `from_pretrained`.
+        location: directory or hub id.
+        what: "tokenizer" or the like, for errors.
+        local: never ask the hub.
+        where: what errors should name, if not the location.
+
+    Raises:
+        ModelError: it is missing or damaged.
+    """
+    try:
+        return reader.from_pretrained(location, local_files_only=local)
+    except Exception as error:  # the tokenizers library raises bare Exception on bad files
+        raise ModelError(
+            f"the {what} cannot be read",
+            where=where or location,
+            found=(str(error) or type(error).__name__).splitlines()[0],
+            remedy=f"Copy the {what} from the model that the weights come from.",
+        ) from error

@@ -1,0 +1,175 @@
+"""How a network is run: what goes in, what comes out, and what of it counts. One class a kind of network.
+
+A batch is what the network's forward pass takes by keyword, with "labels" beside it (int64 `[batch, tokens]`,
+`IGNORED` where nothing is scored) and whatever else its kind asks for. Everything above (calibration,
+allocation, distillation) runs networks through these methods and knows of no family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, ctc_loss, log_softmax
+
+IGNORED = -100
+"""Label of places that are not scored."""
+
+Batch = Mapping[str, Tensor]
+
+
+class Network:
+    """A sequence-to-sequence recognizer of Transformers; other kinds override what differs.
+
+    Places are where the output says something: tokens here, frames for CTC.
+    """
+
+    beside: tuple[str, ...] = ("labels",)
+    """Keys of a batch that are not for the network."""
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What of a batch is for the network."""
+        return {name: value for name, value in batch.items() if name not in self.beside}
+
+    def run(self, model: nn.Module, batch: Batch) -> None:
+        """Runs the whole network, for the sake of hooks."""
+        model(**self.inputs(batch))
+
+    def encoder(self, model: nn.Module) -> nn.Module:
+        """The part that `states` runs."""
+        return cast(nn.Module, cast(Any, model).get_encoder())
+
+    def states(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The encoder's output, `[batch, frames, d]`."""
+        name = cast(Any, model).main_input_name
+        return cast(Tensor, self.encoder(model)(batch[name]).last_hidden_state)
+
+    def logits(self, model: nn.Module, batch: Batch, states: Tensor) -> Tensor:
+        """At the scored places, `[scored, vocabulary]`.
+
+        Args:
+            model: the network.
+            batch: as above.
+            states: what `states` returned.
+        """
+        network = cast(Any, model)
+        rest = {k: v for k, v in self.inputs(batch).items() if k != network.main_input_name}
+        out = network.base_model(**rest, encoder_outputs=(states,), use_cache=False).last_hidden_state
+        # Projecting onto 50,000 words is the dearest part of a short decoder: only where it is scored.
+        return cast(Tensor, network.get_output_embeddings()(out[self.scored(batch)]))
+
+    def scored(self, batch: Batch) -> Tensor:
+        """The places whose output is compared with the teacher's, bool `[batch, places]`."""
+        return batch["labels"] != IGNORED
+
+    def counted(self, batch: Batch) -> Tensor | None:
+        """The places whose inputs count in calibration, bool `[batch, places]`; None if all do."""
+        mask = batch.get("decoder_attention_mask")
+        if mask is not None:
+            return mask.bool()
+        labels = batch.get("labels")
+        if labels is None:
+            return None
+        # The prompt is not scored either, but the student will see it: only what follows is padding.
+        return (labels != IGNORED).flip(1).cummax(1).values.flip(1).bool()
+
+    def labels(self, batch: Batch) -> Tensor | None:
+        """The label of each scored place, int64 `[scored]`; None where labels belong to no place."""
+        return batch["labels"][self.scored(batch)]
+
+    def text_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """How unlikely the text is, nats per label.
+
+        Args:
+            logits: what `logits` returned.
+            batch: the same.
+        """
+        return cross_entropy(logits.float(), cast(Tensor, self.labels(batch)))
+
+
+class FrameNetwork(Network):
+    """An encoder with a CTC head: every frame has a distribution over labels and the blank.
+
+    A batch has "lengths" beside it, int64 `[batch]`: how much of the main input is audio; the rest pads.
+
+    Args:
+        encoder: attribute of the model that turns its input into states.
+        head: attribute that turns states into logits.
+        blank: the label of frames that say nothing.
+        frames: lengths of inputs to numbers of frames, int64 `[batch]` to int64 `[batch]`.
+    """
+
+    beside = ("labels", "lengths")
+
+    def __init__(self, encoder: str, head: str, blank: int, frames: Callable[[Tensor], Tensor]) -> None:
+        self._encoder, self._head, self.blank, self.frames = encoder, head, blank, frames
+
+    def encoder(self, model: nn.Module) -> nn.Module:
+        """The part that `states` runs."""
+        return model.get_submodule(self._encoder)
+
+    def states(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The encoder's output, `[batch, frames, d]`."""
+        return cast(Tensor, self.encoder(model)(**self.inputs(batch)).last_hidden_state)
+
+    def logits(self, model: nn.Module, batch: Batch, states: Tensor) -> Tensor:
+        """At the frames that are audio, `[frames of all rows, vocabulary]`."""
+        return cast(Tensor, model.get_submodule(self._head)(states)[self.scored(batch)])
+
+    def scored(self, batch: Batch) -> Tensor:
+        """The frames that are audio, bool `[batch, frames]`."""
+        main = next(value for name, value in batch.items() if name not in (*self.beside, "attention_mask"))
+        count = int(self.frames(torch.tensor([main.shape[1]])))
+        frames = self.frames(batch["lengths"])
+        return torch.arange(count, device=frames.device) < frames[:, None]
+
+    def counted(self, batch: Batch) -> Tensor | None:
+        """The frames that are audio, bool `[batch, frames]`."""
+        return self.scored(batch)
+
+    def labels(self, batch: Batch) -> Tensor | None:
+        """None: CTC sums over all ways to lay the labels on the frames."""
+        return None
+
+    def text_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The CTC loss (Graves et al., ICML 2006), nats per label.
+
+        Texts of more labels than their frames have room for are left out: their loss would be infinite.
+        Zero where there is none left.
+        """
+        frames, labels = self.frames(batch["lengths"]), batch["labels"]
+        counts = (labels != IGNORED).sum(dim=1)
+        fits = (labels_needed(labels) <= frames) & (counts > 0)
+        scored = self.scored(batch)
+        logs = logits.new_zeros((*scored.shape, logits.shape[-1]), dtype=torch.float32)
+        logs[scored] = log_softmax(logits.float(), dim=-1)
+        if not bool(fits.any()):
+            return logs.sum() * 0.0
+        losses = ctc_loss(
+            logs[fits].transpose(0, 1),
+            labels[fits].clamp(min=0),
+            frames[fits],
+            counts[fits],
+            blank=self.blank,
+            reduction="none",
+        )
+        return losses.sum() / counts[fits].sum()
+
+
+def labels_needed(labels: Tensor) -> Tensor:
+    """The least frames on which labels can be laid: one each, and a blank between two that are the same.
+
+    Args:
+        labels: int64 `[batch, labels]`, `IGNORED` after the last.
+
+    Returns:
+        int64 `[batch]`.
+    """
+    real = labels != IGNORED
+    repeated = (labels[:, 1:] == labels[:, :-1]) & real[:, 1:]
+    return real.sum(dim=1) + repeated.sum(dim=1)
+
+
+SEQUENCE_TO_SEQUENCE = Network()
