@@ -24,6 +24,7 @@ PARTS = (
     "decoder cross-attention",
     "decoder feed-forward",
     "output layer",
+    "other layers",
     "biases and norms",
     "file header",
 )
@@ -33,7 +34,8 @@ _LENGTHS = (2.0, 5.0, 10.0, 15.0, 20.0, 30.0)
 _MOST_LEVELS, _LEVEL_STEP = 8, 5.0
 # Points of a curve that a screen can show.
 _MOST_POINTS = 160
-_BLOCK = re.compile(r"^(?:.*?\.)?(encoder|decoder)?\.?(?:layers|layer|blocks)\.(\d+)\.(.+)$")
+# A list of modules in a name: encoder.layers.3.fc1, feature_extractor.conv_layers.0.conv.
+_BLOCK = re.compile(r"^(?:.*\.)?(\w+)\.\w+\.(\d+)\.(.+)$")
 _SIGNIFICANT = 4
 
 
@@ -110,7 +112,9 @@ def part_of(layer: Layer) -> str:
         return "decoder cross-attention"
     if "attn" in name or "attention" in name:
         return f"{side} self-attention"
-    return f"{side} feed-forward" if _BLOCK.match(name) else "output layer"
+    if "head" in name or "proj_out" in name:
+        return "output layer"
+    return f"{side} feed-forward" if _BLOCK.match(name) else "other layers"
 
 
 def parts(records: Sequence[Record]) -> Rows:
@@ -134,12 +138,16 @@ def place_of(name: str) -> tuple[str, str]:
     """Row and column of a weight in a map of the network: its block, and what it is there."""
     module = name.removesuffix(".weight")
     found = _BLOCK.match(module)
-    if found is None:
-        side = next((side for side in ("decoder", "encoder") if f"{side}." in module), "other")
-        return side, module.rpartition(".")[2]
-    leaf = found[3].replace("self_attn.", "self ").replace("encoder_attn.", "cross ")
-    leaf = leaf.replace("attention.", "self ").replace("feed_forward.", "").replace("_proj", "")
-    return f"{found[1] or 'layer'} {found[2]}", leaf
+    if found is not None:
+        leaf = found[3].replace("self_attn.", "self ").replace("encoder_attn.", "cross ")
+        leaf = leaf.replace("attention.", "self ").replace("_proj", "")
+        return f"{found[1]} {found[2]}", leaf
+    for side in ("encoder", "decoder"):
+        head, within, leaf = module.partition(f"{side}.")
+        if within:
+            return side, leaf
+    block, _, leaf = module.rpartition(".")
+    return block.rpartition(".")[2] or "other", leaf
 
 
 def layers(records: Sequence[Record]) -> Rows:

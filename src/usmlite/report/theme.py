@@ -44,8 +44,8 @@ LIGHT = Theme(
     ),
     ramp=("#eef4fa", "#c3dbef", "#8dbbdf", "#4f94c9", "#1f6aa8", "#0b3f72"),
     parts=(
-        "#39424e", "#7d8794", "#0f766e", "#3fa79d", "#8ed1c8", "#7c3a12", "#b8682f", "#e0a878", "#b9bfc7",
-        "#d0d4da", "#e3e6ea",
+        "#39424e", "#7d8794", "#0f766e", "#3fa79d", "#8ed1c8", "#7c3a12", "#b8682f", "#e0a878", "#6b4fa0",
+        "#a9b0ba", "#d0d4da", "#e3e6ea",
     ),
 )  # fmt: skip
 DARK = Theme(
@@ -59,8 +59,8 @@ DARK = Theme(
     ),
     ramp=("#1d2833", "#1f4163", "#27629a", "#3f8bcb", "#7db9e8", "#d3e9fb"),
     parts=(
-        "#d5dae1", "#8f99a6", "#a5ebe0", "#4db8ab", "#1f7a70", "#ffd0a8", "#dc8f57", "#9a5525", "#6b7480",
-        "#525a65", "#3d454f",
+        "#d5dae1", "#8f99a6", "#a5ebe0", "#4db8ab", "#1f7a70", "#ffd0a8", "#dc8f57", "#9a5525", "#b9a3ea",
+        "#6b7480", "#525a65", "#3d454f",
     ),
 )  # fmt: skip
 

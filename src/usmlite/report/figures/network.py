@@ -72,7 +72,7 @@ def _runs(sheet: Sheet, rows: Rows) -> Selects:
 
 
 def _map(rows: Rows, color: alt.Color, high: str, text: tuple[str, str], below: str | None = None) -> Any:
-    blocks = sorted({row["block"] for row in rows}, key=_block_order)
+    blocks = list(dict.fromkeys(row["block"] for row in rows))
     there = list(dict.fromkeys(row["place"] for row in rows))
     places = [place for place in _PLACES if place in there]
     # What stands alone, such as convolutions and embeddings, goes to the right.
@@ -121,11 +121,6 @@ def _map(rows: Rows, color: alt.Color, high: str, text: tuple[str, str], below: 
 
 def _alone(rows: Rows, place: str) -> bool:
     return not any(row["place"] == place and row["block"].split()[-1].isdigit() for row in rows)
-
-
-def _block_order(block: str) -> tuple[bool, str, int]:
-    side, _, number = block.partition(" ")
-    return side == "decoder", side, int(number) if number.isdigit() else -1
 
 
 def weights(sheet: Sheet, rows: Rows, dense: Rows) -> Figure | None:
