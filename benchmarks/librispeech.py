@@ -21,16 +21,15 @@ import torch
 from rich.console import Console
 
 from usmlite.atomic import write_bytes, write_json
-from usmlite.compress import ALLOCATION_FILE
 from usmlite.data import load_corpus
 from usmlite.evaluate import Evaluation, compare, evaluate
 from usmlite.grid import expand
-from usmlite.load import load
+from usmlite.load import ALLOCATION_FILE, load
 from usmlite.models import load_teacher
 from usmlite.packed import arithmetic
 from usmlite.recipe import load_recipe
-from usmlite.report import ResultRow, markdown_table, measured_line
 from usmlite.sweep import sweep
+from usmlite.tables import ResultRow, markdown_table, measured_line
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES, RESULTS, README = (

@@ -16,9 +16,9 @@ from usmlite import cli
 from usmlite.recipe import Recipe, keys
 
 HEAVY = (
-    "torch", "numpy", "transformers", "accelerate", "soundfile", "jiwer", "rich", "safetensors", "matplotlib",
+    "torch", "numpy", "transformers", "accelerate", "soundfile", "jiwer", "rich", "safetensors", "altair", "jinja2",
 )  # fmt: skip
-COMMANDS = ("compress", "sweep", "evaluate", "transcribe", "info", "demo")
+COMMANDS = ("compress", "sweep", "report", "evaluate", "transcribe", "info", "demo")
 
 
 def run(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:

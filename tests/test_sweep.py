@@ -235,10 +235,10 @@ def test_a_damaged_report_is_named(copied: Path, runs: list[Run], text: str) -> 
         sweep(runs, copied)
 
 
-def test_without_matplotlib_it_says_so_and_goes_on(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_it_says_so_and_goes_on(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in copied.glob("sweep.*g"):
         path.unlink()
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
     console = talking()
     remake_table(copied, console=console)
     assert 'pip install "usmlite[plot]"' in console.export_text()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from usmlite.data import Utterance
     from usmlite.evaluate import Evaluation
+    from usmlite.report import Report
     from usmlite.runtime import Recognizer, Transcript
 
 INTERRUPTED = 130  # as shells report a program ended by Ctrl-C
@@ -31,6 +32,7 @@ BROKEN_PIPE = 141  # and by SIGPIPE
 HOLDS = ("float32", "int8", "packed")
 ACTIVATIONS = ("int8", "float32")
 FORMATS = ("txt", "json", "srt", "vtt")
+REPORTS = ("html", "md", "json", "latex")
 
 _BATCH_SECONDS = 3600.0  # audio held at once while several files are transcribed
 _SECTIONS = {
@@ -51,6 +53,7 @@ the usual way through:
   usmlite evaluate small/packed --data test.jsonl --against tiny.en
   usmlite transcribe small/packed interview.wav --format srt
   usmlite sweep int4.toml int3.toml --data speech/ --test test.jsonl --out study/
+  usmlite report small/ study/ --out report.html
 
 MODEL is a name (tiny.en, base, or tiny.en-small, which comes along), a directory of Transformers with a
 Whisper or an encoder with a CTC head (wav2vec 2.0, HuBERT, Parakeet, ...), a Whisper directory of CTranslate2
@@ -121,12 +124,28 @@ vary together are written as one: "spec.bits, training.steps" = [[8, 0], [4, 320
 Each run is one of `usmlite compress`, in DIR/NAME. Finished runs are not run again; one that fails is noted
 in DIR/NAME/error.json and tried again the next time, and the others go on. The teacher's transcripts are
 made once, and the dense model is measured once. Ctrl-C stops; the same command goes on from there. DIR gets
-sweep.md (the table), sweep.json (all figures) and, with pip install "usmlite[plot]", sweep.svg and sweep.png.
+report.html, sweep.md (the table), sweep.json (all figures) and, with pip install "usmlite[plot]", a picture,
+sweep.svg and sweep.png.
 
 examples:
   usmlite sweep recipes/paper-grid.toml --data train/ --dev dev/ --test test/ --out study/
   usmlite sweep int4.toml int3.toml --data train/ --test test/ --steps 60 --out short/
   usmlite sweep --table study/
+"""
+
+REPORT_EPILOG = """\
+RUN is what `usmlite compress` or `usmlite sweep` wrote, or a .json of `usmlite evaluate --json`. The page is
+one file: it opens without a network, and may be sent to others. It names no places on this machine, but it
+has the words of test speech, and with players some seconds of recordings: --audio 0 leaves these out.
+
+What is missing or damaged in a run is named, and the rest is drawn. A RUN that cannot be read at all ends
+with exit code 2, after the others were drawn.
+
+examples:
+  usmlite report small/
+  usmlite report study/ small/ --out report.html --figures figures/
+  usmlite report results/*.json --data LibriSpeech/test-clean --out report.html
+  usmlite report study/ --format latex --out table.tex
 """
 
 INFO_EPILOG = """\
@@ -168,6 +187,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     _add_compress(commands)
     _add_sweep(commands)
+    _add_report(commands)
     _add_evaluate(commands)
     _add_transcribe(commands)
     _add_info(commands)
@@ -218,6 +238,42 @@ def _add_sweep(commands: Any) -> None:
         help="only make the table of an earlier sweep again, from its runs",
     )
     _add_recipe_flags(parser, _SECTIONS)
+
+
+def _add_report(commands: Any) -> None:
+    parser = _command(
+        commands, "report", "look at runs: one page with figures, alignments and recipes; or tables",
+        REPORT_EPILOG, _run_report,
+    )  # fmt: skip
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directories or .json files")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE",
+        help="where it goes (default: report.html; tables and JSON go to the console)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--format", choices=REPORTS, default="html",
+        help="a page, a table in Markdown or LaTeX, or all figures as JSON (default: html)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--figures",
+        type=Path,
+        metavar="DIR",
+        help='the figures as SVG and PNG too (pip install "usmlite[plot]")',
+    )
+    parser.add_argument(
+        "--data", type=Path, action="append", default=[], metavar="D",
+        help="the test speech, where it is not in the place that the recipe names; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--worst", type=_whole(0), default=5, metavar="N", help="utterances of each run, aligned (default: 5)"
+    )
+    parser.add_argument(
+        "--audio",
+        type=_whole(0),
+        default=12,
+        metavar="N",
+        help="of these with a player, at most (default: 12)",
+    )
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -536,6 +592,54 @@ def _run_sweep(arguments: argparse.Namespace) -> int:
     return UsmliteError.exit_code if failed else 0
 
 
+def _run_report(arguments: argparse.Namespace) -> int:
+    out: Path | None = arguments.out
+    if out is None and arguments.format == "html":
+        out = Path("report.html")
+    if out is not None:
+        _check_folder(out.parent, out)
+    _quiet_libraries()
+    from usmlite.report import read_report, write_figures
+    from usmlite.tables import ComparisonRow, comparison_table
+
+    found = read_report(arguments.runs, arguments.data)
+    # Beside a table on standard output, words would be taken for a part of it.
+    console = _console(stderr=out is None)
+    if arguments.format == "html" and out is not None:
+        with console.status("Writing the report"):
+            found.write_page(out, worst=arguments.worst, players=arguments.audio)
+    else:
+        _deliver_table(found, arguments.format, out)
+    if out is not None:
+        console.print(comparison_table([ComparisonRow.of_result(row) for row in found.rows]))
+    for line in found.notes:
+        console.print(line, markup=False)
+    if arguments.figures is not None:
+        with _bar("Drawing") as progress:
+            names = write_figures(found.figures(), arguments.figures, progress=progress)
+        console.print(f"In {arguments.figures}: {len(names)} files", markup=False)
+    if out is not None:
+        console.print(f"Report: {out}", markup=False)
+    for text in found.unreadable:
+        _complain(f"error: {text}")
+    return UsmliteError.exit_code if found.unreadable else 0
+
+
+def _deliver_table(found: Report, form: str, out: Path | None) -> None:
+    import json
+
+    from usmlite.atomic import write_bytes
+
+    if form == "json":
+        text = json.dumps(found.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+    else:
+        text = found.table(form)
+    if out is None:
+        print(text, flush=True)
+    else:
+        write_bytes(out, f"{text}\n".encode())
+
+
 def _run_evaluate(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         _check_folder(arguments.json.parent, arguments.json)
@@ -543,11 +647,11 @@ def _run_evaluate(arguments: argparse.Namespace) -> int:
     from usmlite.atomic import write_json
     from usmlite.data import load_corpus
     from usmlite.evaluate import compare, worst
-    from usmlite.report import comparison_table, difference_line
+    from usmlite.tables import comparison_table, difference_line
 
     utterances = load_corpus(arguments.data, require_text=True)[: arguments.limit]
     found, row = _evaluated(arguments.source, utterances, arguments)
-    rows, result = [row], found.to_json()
+    rows, result = [row], {**found.to_json(), "float32_bytes": row.float32_bytes}
     console = _console()
     difference = None
     if arguments.against is not None:
@@ -581,7 +685,7 @@ def _evaluated(
     from usmlite.info import dense_float32_bytes
     from usmlite.load import load
     from usmlite.packed import arithmetic
-    from usmlite.report import ComparisonRow
+    from usmlite.tables import ComparisonRow
 
     recognizer = load(source, hold=arguments.hold, activations=arguments.activations)
     with _bar(f"Evaluating {source}") as progress:
@@ -607,7 +711,7 @@ def _baseline(
     import json
 
     from usmlite.evaluate import Evaluation
-    from usmlite.report import ComparisonRow
+    from usmlite.tables import ComparisonRow
 
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
@@ -782,10 +886,10 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def _console() -> Console:
+def _console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, stderr=stderr)
     if not console.is_terminal:
         # Files and pipes have no width of their own, and 80 columns would fold the tables.
         console.width = max(console.width, 120)

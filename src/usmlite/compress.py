@@ -19,19 +19,26 @@ from rich.progress import Progress as Bar
 from torch import Tensor, nn
 
 from usmlite import finetune as training
-from usmlite import report
 from usmlite import student as students
+from usmlite import tables
 from usmlite.allocate import CANDIDATES, Allocation, allocate, choose, read_weights
 from usmlite.atomic import write_bytes, write_json
 from usmlite.audio import SAMPLE_RATE, WINDOW_SECONDS
 from usmlite.calibrate import calibrate
 from usmlite.checkpoint import CheckpointFolder, load_student, save_student
-from usmlite.data import Utterance, load_corpus, usable_for_training
-from usmlite.errors import DataError, OutputError, RecipeError
+from usmlite.data import Utterance, describe_corpus, load_corpus, usable_for_training
+from usmlite.errors import DataError, OutputError, RecipeError, UsmliteError
 from usmlite.evaluate import Evaluation, compare, describe_machine, describe_versions, evaluate
+from usmlite.histograms import weight_histograms
 from usmlite.load import (
+    ALLOCATION_FILE,
+    CALIBRATION_FILE,
+    DENSE_FILE,
+    HISTOGRAMS_FILE,
     PACKED_FOLDER,
+    PAGE_FILE,
     RECIPE_FILE,
+    REPORT_FILE,
     SPEC_FILE,
     dense_recognizer,
     load,
@@ -43,12 +50,12 @@ from usmlite.models import Adapter, Teacher, TimedText, load_teacher
 from usmlite.pack import pack
 from usmlite.packed import arithmetic
 from usmlite.recipe import Recipe, load_recipe, recipe_to_dict, recipe_to_toml
+from usmlite.report import read_report
 from usmlite.runtime import Recognizer
 from usmlite.spec import KEEP, CompressionSpec, Rule, matrix_shape
 from usmlite.transcripts import transcribe_corpus, with_targets
 
-REPORT_FILE, ALLOCATION_FILE, MIXTURE_FILE = "report.json", "allocation.json", "allocation-mixture.json"
-DENSE_FILE = "evaluation-dense.json"
+MIXTURE_FILE = "allocation-mixture.json"
 # What a stored tensor takes in the header of the packed file, and into how many a weight is cut; about.
 _HEADER_BYTES, _PARTS = 140, 3
 # Utterances that are named where some are left out.
@@ -72,7 +79,7 @@ def compress(
     Args:
         recipe: see `recipe.Recipe`.
         output: the run's directory; gets `packed/` (what ships), `best/` (the student), `report.json`,
-            `recipe.toml`, `train.jsonl` and, while it lasts, `checkpoints/`.
+            `report.html`, `recipe.toml`, `train.jsonl` and, while it lasts, `checkpoints/`.
         console: where the plan, the progress and the table go; None for none.
         shared: the directory that keeps the teacher's transcripts, for runs that share them; the output if
             None. A file that the recipe names comes first.
@@ -127,6 +134,7 @@ def compress(
         students.round_kept(student)
         save_student(output / "best", student, None, {"step": 0, "dev_wer": None})
     pack(student.eval().cpu(), teacher.adapter, output / PACKED_FOLDER, coded=recipe.spec.entropy_coding)
+    write_json(output / HISTOGRAMS_FILE, weight_histograms(student, teacher.model))
 
     evaluations = []
     if speech.test:
@@ -136,9 +144,11 @@ def compress(
             write_json(output / DENSE_FILE, dense.to_json())
         evaluations = [dense, measure(load(output / PACKED_FOLDER), speech.test, output, console)]
     result = make_report(recipe, teacher, outcome, calibration, evaluations, output)
+    result["data"] = speech.describe()
     result["seconds"] = round(time.perf_counter() - started, 1)
     write_json(output / REPORT_FILE, result)
     show(result, evaluations, teacher, console)
+    tell_page(output, [output], console)
     return result
 
 
@@ -197,6 +207,11 @@ class Speech:
         dev_part = spread_out(dev, recipe.training.eval_utterances)
         test = load_corpus(data.test, require_text=True) if data.test else dev_part
         return cls(train, unusable, dev_part, test)
+
+    def describe(self) -> dict[str, Any]:
+        """How much speech there was of each kind, and its checksum; see `data.describe_corpus`."""
+        parts = {"train": self.train, "dev": self.dev_part, "test": self.test}
+        return {name: describe_corpus(part) for name, part in parts.items() if part}
 
 
 def spread_out(utterances: Sequence[Utterance], count: int) -> list[Utterance]:
@@ -318,9 +333,9 @@ def choose_spec(
     # Last, because its presence says that the choice is made.
     write_bytes(output / SPEC_FILE, tomli_w.dumps({"spec": {"rules": rules}}).encode())
     rows = [
-        report.LayerRow(w.name, w.shape, w.kind, str(w.choice.spec), w.choice.bytes) for w in found.weights
+        tables.LayerRow(w.name, w.shape, w.kind, str(w.choice.spec), w.choice.bytes) for w in found.weights
     ]
-    console.print(report.layer_table(rows, title="What each weight becomes"))
+    console.print(tables.layer_table(rows, title="What each weight becomes"))
     console.print(
         f"Predicted KL from the dense model before fine-tuning: {found.loss:.3f} nats a word. "
         f"The choice is in {output / SPEC_FILE}; edited, it can be given as --recipe.",
@@ -553,7 +568,7 @@ def start_student(
             progress=lambda stage, done, total: progress(done, total or done),
         )
     if PartialState().is_main_process:
-        write_json(output / "calibration.json", found.to_dict())
+        write_json(output / CALIBRATION_FILE, found.to_dict())
     return student, found.to_dict()
 
 
@@ -668,12 +683,24 @@ def show(
     result: Mapping[str, Any], evaluations: Sequence[Evaluation], teacher: Teacher, console: Console
 ) -> None:
     """The table at the end."""
-    rows = [report.ComparisonRow.of(found, teacher.float32_bytes) for found in evaluations]
+    rows = [tables.ComparisonRow.of(found, teacher.float32_bytes) for found in evaluations]
     if not rows:
-        rows = [report.ComparisonRow("packed", result["packed_bytes"], teacher.float32_bytes)]
-    console.print(report.comparison_table(rows))
+        rows = [tables.ComparisonRow("packed", result["packed_bytes"], teacher.float32_bytes)]
+    console.print(tables.comparison_table(rows))
     if len(evaluations) == 2:
-        console.print(report.difference_line(compare(evaluations[1], evaluations[0])))
+        console.print(tables.difference_line(compare(evaluations[1], evaluations[0])))
+
+
+def tell_page(output: Path, runs: Sequence[Path], console: Console) -> None:
+    """Writes the report of some runs to a directory, and says where it is. Nothing else depends on it."""
+    page = output / PAGE_FILE
+    try:
+        with console.status("Writing the report"):
+            read_report(runs).write_page(page)
+    except UsmliteError as error:
+        console.print(f"No {PAGE_FILE}: {error}", markup=False)
+    else:
+        console.print(f"Report: {page}", markup=False)
 
 
 @contextmanager
@@ -707,12 +734,17 @@ def _training_bar(console: Console, total: int) -> Iterator[Callable[[training.P
     with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("Training", total=total)
         told = 0
+        losses: list[float] = []
+
+        def curve(width: int = 24) -> str:
+            return tables.sparkline(losses, width, ascii_only=console.options.ascii_only)
 
         def tell(now: training.Progress) -> None:
             nonlocal told
+            losses.append(now.losses["loss"])
             wer = "" if now.dev_wer is None else f" dev WER {100 * now.dev_wer:.1f} %"
             text = f"loss {now.losses['loss']:.3f} kl {now.losses['kl']:.3f}{wer}"
-            bar.update(task, completed=now.step, description=text)
+            bar.update(task, completed=now.step, description=f"{curve()} {text}")
             told += 1
             left = (now.total - now.step) * now.seconds_per_step
             if told == 3:
@@ -726,3 +758,5 @@ def _training_bar(console: Console, total: int) -> Iterator[Callable[[training.P
                 )
 
         yield tell
+    if losses:
+        console.print(f"Loss {curve(48)} {losses[0]:.3f} to {losses[-1]:.3f}", markup=False)

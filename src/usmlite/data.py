@@ -6,6 +6,7 @@ becomes a list of `Utterance`. Nothing outside the given path is read.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -49,6 +50,7 @@ class Utterance:
         text: what is said; None where nobody wrote it down.
         speaker: who says it; None where unknown.
         speed: how many times as fast it is played; the duration is that of the speech as it is played.
+        snr_db: power of the speech over that of the noise in the recording, in dB; None where unknown.
     """
 
     id: str
@@ -57,6 +59,7 @@ class Utterance:
     text: str | None = None
     speaker: str | None = None
     speed: float = 1.0
+    snr_db: float | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def load_corpus(path: str | Path, *, require_text: bool = False, check_files: bo
     Args:
         path: one of
             a JSONL manifest (`audio_filepath` relative to the manifest, and optionally `duration` in
-            seconds, `text`, `id`, `speaker`; other keys are ignored);
+            seconds, `text`, `id`, `speaker`, `snr_db`; other keys are ignored);
             a folder that holds a `manifest.jsonl`;
             a LibriSpeech folder as it unpacks (SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt), or any
             folder above it;
@@ -137,8 +140,25 @@ def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
             row["speaker"] = utterance.speaker
         if utterance.text is not None:
             row["text"] = utterance.text
+        if utterance.snr_db is not None:
+            row["snr_db"] = utterance.snr_db
         lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
     write_bytes(path, "".join(lines).encode())
+
+
+def describe_corpus(utterances: Sequence[Utterance]) -> dict[str, Any]:
+    """What tells whether two runs had the same speech: how much of it, and a checksum.
+
+    Returns:
+        `utterances`, `seconds`, and `sha256` over ids, lengths, speakers and texts in the given order; the
+        audio itself is not read.
+    """
+    rows = [[u.id, round(u.duration, 3), u.speaker, u.text] for u in utterances]
+    return {
+        "utterances": len(utterances),
+        "seconds": round(sum(u.duration for u in utterances), 3),
+        "sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+    }
 
 
 def usable_for_training(
@@ -346,6 +366,9 @@ def _parse_row(line: str, where: str, root: Path, check_files: bool) -> Utteranc
         raise DataError(
             "the duration is not a length", where=where, expected="seconds, above 0", found=duration
         )
+    snr_db = _typed(row, "snr_db", float, where)
+    if snr_db is not None and not math.isfinite(snr_db):
+        raise DataError("snr_db is not a ratio", where=where, expected="decibels", found=snr_db)
     if check_files or duration is None:
         measured = _measure(audio, where)
         if duration is not None:
@@ -357,6 +380,7 @@ def _parse_row(line: str, where: str, root: Path, check_files: bool) -> Utteranc
         duration=duration,
         text=_typed(row, "text", str, where),
         speaker=_typed(row, "speaker", str, where),
+        snr_db=snr_db,
     )
 
 

@@ -27,8 +27,8 @@ from usmlite.data import Utterance, load_corpus, write_manifest
 from usmlite.errors import ModelError, OutputError
 from usmlite.load import PACKED_FOLDER, load
 from usmlite.recipe import Recipe, build_recipe
-from usmlite.report import readable_bytes
 from usmlite.sentences import split_sentences
+from usmlite.tables import readable_bytes
 
 VOICE_RATE = 24_000  # Hz, what hibari-tts synthesizes
 COUNTS = {"train": 480, "dev": 24, "test": 72}

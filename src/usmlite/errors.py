@@ -8,6 +8,7 @@
     ├── DataError          a manifest or corpus that is wrong
     ├── PackedModelError   a packed model that is damaged, altered or from another version
     ├── TrainingError      a fine-tuning run that cannot start, go on or resume
+    ├── ReportError        a report that cannot be made as it was asked for
     └── OutputError        a place that cannot be written
 
 Each message says where, what, what was expected, what was found and what to do about it. The
@@ -86,6 +87,10 @@ class PackedModelError(UsmliteError):
 
 class TrainingError(UsmliteError):
     """A fine-tuning run that cannot start, go on or resume."""
+
+
+class ReportError(UsmliteError):
+    """A report that cannot be made as it was asked for."""
 
 
 class OutputError(UsmliteError):

@@ -11,7 +11,7 @@ import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import jiwer
 import numpy as np
 import torch
 
-from usmlite import kernels
+from usmlite import __version__, kernels
 from usmlite.audio import SAMPLE_RATE, load_audio
 from usmlite.data import Utterance
 from usmlite.errors import DataError
@@ -33,7 +33,10 @@ _CHUNK = 2**22  # resampled utterances held at once: 32 MiB an array
 
 @dataclass(frozen=True)
 class UtteranceScore:
-    """One utterance's words. Both texts are normalized; `words` counts the reference's."""
+    """One utterance's words. Both texts are normalized; `words` counts the reference's.
+
+    `seconds` and `snr_db` are those of `data.Utterance`; None where an earlier version did not keep them.
+    """
 
     id: str
     speaker: str | None
@@ -43,6 +46,8 @@ class UtteranceScore:
     deletions: int
     insertions: int
     words: int
+    seconds: float | None = None
+    snr_db: float | None = None
 
     @property
     def errors(self) -> int:
@@ -118,8 +123,13 @@ class Evaluation:
             values = {field.name: plain[field.name] for field in dataclasses.fields(cls)}
             low, high = values["ci95"]
             values["ci95"] = (float(low), float(high))
-            values["utterances"] = tuple(UtteranceScore(**score) for score in values["utterances"])
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+            known = {field.name for field in dataclasses.fields(UtteranceScore)}
+            values["utterances"] = tuple(
+                # A later version may have kept more.
+                UtteranceScore(**{key: value for key, value in score.items() if key in known})
+                for score in values["utterances"]
+            )
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise DataError(
                 "not an evaluation",
                 where=where,
@@ -291,6 +301,32 @@ def compare(
     )
 
 
+def score_together(
+    scores: Sequence[UtteranceScore], *, samples: int = 1_000, seed: int = 0
+) -> tuple[float, tuple[float, float]] | None:
+    """WER of some utterances, as a fraction, and its 95 % confidence interval by bootstrap over them.
+
+    Args:
+        scores: the utterances, at least one.
+        samples: how many resamples.
+        seed: for the resamples.
+
+    Returns:
+        None where no reference has a word.
+    """
+    words = sum(score.words for score in scores)
+    if not words:
+        return None
+    drawn = _bootstrap([_counts(scores)], samples, seed)[0]
+    return sum(score.errors for score in scores) / words, _interval(drawn)
+
+
+def worst_scores(scores: Iterable[UtteranceScore], count: int) -> list[UtteranceScore]:
+    """At most `count` utterances with the most errors, the worst first; those without errors are left out."""
+    wrong = [score for score in scores if score.errors]
+    return sorted(wrong, key=lambda score: (-score.errors, score.words, score.id))[:count]
+
+
 def worst(evaluation: Evaluation, count: int) -> list[str]:
     """Shows the utterances with the most errors, each with its alignment.
 
@@ -301,9 +337,7 @@ def worst(evaluation: Evaluation, count: int) -> list[str]:
     Returns:
         For each a few lines of text: id, counts, and reference over hypothesis.
     """
-    wrong = [score for score in evaluation.utterances if score.errors]
-    wrong.sort(key=lambda score: (-score.errors, score.words, score.id))
-    return [_show(score) for score in wrong[:count]]
+    return [_show(score) for score in worst_scores(evaluation.utterances, count)]
 
 
 def describe_machine() -> dict[str, Any]:
@@ -327,11 +361,10 @@ def describe_machine() -> dict[str, Any]:
 def describe_versions() -> dict[str, str]:
     """Returns the versions of Python and of the libraries that can change a result."""
     versions = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "jiwer", "numpy", "usmlite"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"  # run from a checkout's src folder
+    for package in ("torch", "transformers", "jiwer", "numpy"):
+        versions[package] = importlib.metadata.version(package)
+    # Its metadata are not there where it runs from a checkout's src folder.
+    versions["usmlite"] = __version__
     return versions
 
 
@@ -374,6 +407,8 @@ def _score(
                 deletions=words.deletions,
                 insertions=words.insertions,
                 words=len(reference.split()),
+                seconds=round(utterance.duration, 3),
+                snr_db=utterance.snr_db,
             )
         )
     return scores

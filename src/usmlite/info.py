@@ -29,9 +29,9 @@ from usmlite.packfile import (
     read_manifest,
     stored_tensors,
 )
-from usmlite.report import LayerRow, layer_table, readable_bytes
 from usmlite.shipped import shipped
 from usmlite.spec import CompressionSpec, LayerSpec, matrix_shape
+from usmlite.tables import LayerRow, layer_table, readable_bytes
 
 COMPUTED = "computed, not stored"
 KEPT, BUFFER = "kept, float16", "kept as it is"

@@ -20,6 +20,10 @@ from usmlite.spec import CompressionSpec, matrix_shape
 from usmlite.student import StudentOptions, dense_equivalent, layer_specs, make_student
 
 RECIPE_FILE, PACKED_FOLDER, STUDENT_FILE = "recipe.toml", "packed", "student.safetensors"
+REPORT_FILE, LOG_FILE, ALLOCATION_FILE = "report.json", "train.jsonl", "allocation.json"
+CALIBRATION_FILE, HISTOGRAMS_FILE = "calibration.json", "histograms.json"
+DENSE_FILE, EVALUATION_FILE = "evaluation-dense.json", "evaluation-packed.json"
+PAGE_FILE = "report.html"
 SPEC_FILE = "spec.toml"
 """The rules that were chosen for a target size, as a recipe of their own."""
 

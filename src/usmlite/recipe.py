@@ -461,6 +461,15 @@ def _checked_phases(values: Sequence[Mapping[str, Any]], where: str) -> tuple[di
     return tuple(out)
 
 
+# Keys whose values are files or directories; a model may also be a name.
+_PLACES = (
+    ("model", "source"),
+    ("data", "train"),
+    ("data", "dev"),
+    ("data", "test"),
+    ("data", "transcripts"),
+    ("spec", "measured"),
+)
 # Numbers below these make no sense; above, for shares, neither.
 _LOWEST = {
     "training.steps": 0,
@@ -603,6 +612,18 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, dict[str, Any]]:
             for key, value in table.items()
             if value is not None and value != ()
         }
+    return out
+
+
+def without_places(tables: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A recipe's tables with names instead of the places of things on this machine, for others to read."""
+    out = {section: dict(table) for section, table in tables.items()}
+    for section, key in _PLACES:
+        value = out.get(section, {}).get(key)
+        if not isinstance(value, str):
+            continue
+        if section != "model" or Path(value).is_absolute() or Path(value).is_dir():
+            out[section][key] = Path(value).name
     return out
 
 

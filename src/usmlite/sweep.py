@@ -14,15 +14,16 @@ from typing import Any
 from accelerate import PartialState
 from rich.console import Console
 
-from usmlite import plot, report
+from usmlite import tables
 from usmlite.atomic import write_bytes, write_json
-from usmlite.compress import DENSE_FILE, REPORT_FILE, claim, compress
-from usmlite.errors import DataError, OutputError, UsmliteError
+from usmlite.compress import claim, compress, tell_page
+from usmlite.errors import DataError, OutputError, ReportError, UsmliteError
 from usmlite.evaluate import Evaluation
 from usmlite.grid import Run
-from usmlite.load import RECIPE_FILE, run_spec
-from usmlite.recipe import Recipe, load_recipe, recipe_to_dict
-from usmlite.report import ComparisonRow, ResultRow
+from usmlite.load import DENSE_FILE, RECIPE_FILE, REPORT_FILE, run_spec
+from usmlite.recipe import Recipe, load_recipe, recipe_to_dict, without_places
+from usmlite.report import pareto_front, read_report, write_figures
+from usmlite.tables import ComparisonRow, ResultRow
 
 JSON_FILE, TABLE_FILE, PICTURE = "sweep.json", "sweep.md", "sweep"
 ERROR_FILE = "error.json"
@@ -71,7 +72,7 @@ class Results:
     @property
     def front(self) -> list[ResultRow]:
         """The runs that no other one beats in both bytes and WER, the smallest first."""
-        return plot.pareto_front([result.row for result in self.finished])
+        return pareto_front([result.row for result in self.finished])
 
 
 def sweep(runs: Sequence[Run], output: Path, *, console: Console | None = None) -> dict[str, str]:
@@ -83,7 +84,7 @@ def sweep(runs: Sequence[Run], output: Path, *, console: Console | None = None) 
     Args:
         runs: see `grid.expand`.
         output: gets a run's directory for each (see `compress`; `error.json` where it failed), and
-            `sweep.json`, `sweep.md`, `sweep.svg` and `sweep.png`; what else is there stays.
+            `report.html`, `sweep.json`, `sweep.md`, `sweep.svg` and `sweep.png`; what else is there stays.
         console: where the runs tell what they do, and the table goes; None for none.
 
     Returns:
@@ -151,11 +152,14 @@ def remake_table(output: Path, *, names: Sequence[str] = (), console: Console | 
         )
     pictures = _draw(found, output, console)
     _write_table(found, output, pictures)
-    console.print(report.comparison_table(_console_rows(found)))
+    rows = (*found.dense, *(result.row for result in found.finished))
+    console.print(tables.comparison_table(map(ComparisonRow.of_result, rows)))
     for line in _remarks(found):
         console.print(line, markup=False)
     written = ", ".join([TABLE_FILE, JSON_FILE, *pictures])
     console.print(f"In {output}: {written}", markup=False)
+    if found.finished:
+        tell_page(output, [output / result.row.name for result in found.finished], console)
     return found
 
 
@@ -259,7 +263,7 @@ def _result(folder: Path) -> Result:
         )
         dense, measured = found["evaluations"].get(DENSE), None
         if dense is not None:
-            measured = report.measured_line(
+            measured = tables.measured_line(
                 dense, found["machine"], corpus=_corpus(recipe), precision="float32"
             )
             dense = ResultRow.of(DENSE, found["float32_bytes"], dense)
@@ -318,16 +322,6 @@ def _corpus(recipe: Recipe) -> str:
     return f"a part of {Path(recipe.data.dev or 'dev').name}"
 
 
-def _public(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """The recipe without the places of things on this machine."""
-    tables = recipe_to_dict(recipe)
-    tables["model"]["source"] = _model(recipe)
-    for key in ("train", "dev", "test", "transcripts"):
-        if key in tables["data"]:
-            tables["data"][key] = Path(tables["data"][key]).name
-    return tables
-
-
 def _write_table(found: Results, output: Path, pictures: Sequence[str] = ()) -> None:
     front = {row.name for row in found.front}
     write_json(
@@ -338,10 +332,10 @@ def _write_table(found: Results, output: Path, pictures: Sequence[str] = ()) -> 
             "finished": [
                 {
                     **asdict(result.row),
-                    "size": result.row.weights_bytes / result.row.float32_bytes,
+                    "size": result.report["size"],
                     "sparsity": result.sparsity,
                     "pareto": result.row.name in front,
-                    "recipe": _public(result.recipe),
+                    "recipe": without_places(recipe_to_dict(result.recipe)),
                     "training": result.report["training"],
                     "evaluation": result.report["evaluations"].get(PACKED),
                     "difference": result.report.get("difference"),
@@ -354,7 +348,7 @@ def _write_table(found: Results, output: Path, pictures: Sequence[str] = ()) -> 
             "unfinished": list(found.unfinished),
         },
     )
-    lines = [report.markdown_table([*found.dense, *(result.row for result in found.finished)]), ""]
+    lines = [tables.markdown_table([*found.dense, *(result.row for result in found.finished)]), ""]
     for text in dict.fromkeys(result.measured for result in found.finished):
         lines += [text, ""] if text else []
     for line in _remarks(found):
@@ -374,27 +368,15 @@ def _remarks(found: Results) -> list[str]:
     return lines + [f"Failed: {name}: {error}" for name, error in found.failed.items()]
 
 
-def _console_rows(found: Results) -> list[ComparisonRow]:
-    rows = []
-    for row in (*found.dense, *(result.row for result in found.finished)):
-        rows.append(ComparisonRow(row.name, row.weights_bytes, row.float32_bytes, row.wer, row.ci95))
-    return rows
-
-
 def _draw(found: Results, output: Path, console: Console) -> list[str]:
     """Draws the picture if it can be drawn; the files' names."""
-    groups: dict[str, list[ResultRow]] = {}
-    for result in found.finished:
-        groups.setdefault(result.sparsity, []).append(result.row)
     if not found.front:
         console.print("No picture: no WER was measured. Name speech with text as --test or --dev.")
         return []
+    names = [result.row.name for result in found.finished]
+    pictures = [f for f in read_report([output / name for name in names]).figures() if f.key == "wer-bytes"]
     try:
-        figure = plot.wer_against_bytes(groups, found.dense)
-    except ImportError:
-        console.print('No picture: it needs pip install "usmlite[plot]".', markup=False)
+        return write_figures([replace(figure, key=PICTURE) for figure in pictures], output)
+    except ReportError as error:
+        console.print(f"No picture: {error}", markup=False)
         return []
-    names = [f"{PICTURE}.{ending}" for ending in plot.FORMATS]
-    for name, ending in zip(names, plot.FORMATS, strict=True):
-        write_bytes(output / name, plot.rendered(figure, ending))
-    return names

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from usmlite.evaluate import Comparison, Evaluation
-from usmlite.report import (
+from usmlite.tables import (
     ComparisonRow,
     LayerRow,
     ResultRow,

@@ -1,15 +1,16 @@
-"""Results for people: tables, on the console and in Markdown. And for programs: JSON, written atomically."""
+"""Results for people: tables, on the console, in Markdown and in LaTeX; and curves in one line."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from usmlite.atomic import write_json
 from usmlite.evaluate import Comparison, Evaluation
 
 __all__ = [
@@ -18,11 +19,13 @@ __all__ = [
     "ResultRow",
     "comparison_table",
     "difference_line",
+    "latex_table",
     "layer_table",
     "markdown_table",
     "measured_line",
     "readable_bytes",
-    "write_json",
+    "result_cells",
+    "sparkline",
 ]
 
 
@@ -33,7 +36,7 @@ class ComparisonRow:
     Attributes:
         name: the model's.
         weights_bytes: size of its weights file.
-        float32_bytes: size of the dense model in float32, the 100 % of the size column.
+        float32_bytes: size of the dense model in float32, the 100 % of the size column; None where unknown.
         wer: word error rate as a fraction; None where it was not measured.
         ci95: its 95 % confidence interval.
         real_time_factor: time to transcribe over length of the audio.
@@ -41,13 +44,13 @@ class ComparisonRow:
 
     name: str
     weights_bytes: int
-    float32_bytes: int
+    float32_bytes: int | None
     wer: float | None = None
     ci95: tuple[float, float] | None = None
     real_time_factor: float | None = None
 
     @classmethod
-    def of(cls, evaluation: Evaluation, float32_bytes: int) -> ComparisonRow:
+    def of(cls, evaluation: Evaluation, float32_bytes: int | None) -> ComparisonRow:
         """Takes the row from an evaluation."""
         return cls(
             name=evaluation.name,
@@ -57,6 +60,11 @@ class ComparisonRow:
             ci95=evaluation.ci95,
             real_time_factor=evaluation.real_time_factor,
         )
+
+    @classmethod
+    def of_result(cls, row: ResultRow) -> ComparisonRow:
+        """Takes the row from one of the results of many runs."""
+        return cls(row.name, row.weights_bytes, row.float32_bytes, row.wer, row.ci95)
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,7 @@ class ResultRow:
     Attributes:
         name: the run's; "dense" for the model that the runs start from.
         weights_bytes: size of its weights file.
-        float32_bytes: size of the dense model in float32, the 100 % of the size column.
+        float32_bytes: size of the dense model in float32, the 100 % of the size column; None where unknown.
         steps: optimizer steps; None for the dense model.
         wer: word error rate as a fraction; None where it was not measured.
         ci95: its 95 % confidence interval.
@@ -98,7 +106,7 @@ class ResultRow:
 
     name: str
     weights_bytes: int
-    float32_bytes: int
+    float32_bytes: int | None
     steps: int | None = None
     wer: float | None = None
     ci95: tuple[float, float] | None = None
@@ -112,7 +120,7 @@ class ResultRow:
     def of(
         cls,
         name: str,
-        float32_bytes: int,
+        float32_bytes: int | None,
         evaluation: Mapping[str, Any],
         comparison: Mapping[str, Any] | None = None,
         *,
@@ -156,7 +164,7 @@ def comparison_table(rows: Iterable[ComparisonRow], *, title: str | None = None)
         table.add_row(
             _plain(row.name),
             f"{row.weights_bytes:,}",
-            f"{row.weights_bytes / row.float32_bytes * 100:.2f}",
+            "-" if row.float32_bytes is None else f"{row.weights_bytes / row.float32_bytes * 100:.2f}",
             wer,
             "-" if row.real_time_factor is None else f"{row.real_time_factor:.3f}",
         )
@@ -200,27 +208,27 @@ def difference_line(comparison: Comparison) -> str:
     )
 
 
-def markdown_table(rows: Sequence[ResultRow]) -> str:
-    """Writes the results of many runs as a table in Markdown.
+def result_cells(rows: Sequence[ResultRow]) -> tuple[list[str], list[list[str]]]:
+    """The results of many runs as text.
 
     Args:
         rows: the models, the dense one first. The columns for the time and for the dense model of equal
             bytes are there if some row has one.
 
     Returns:
-        Its lines, without a newline at the end.
+        The headings, and for each row its cells.
     """
     headings = [
         "model", "file, MB", "% of float32", "steps", "WER % (95 % interval)", "against dense, relative", "p",
     ]  # fmt: skip
     timed, equalled = any(row.seconds is not None for row in rows), any(row.equal for row in rows)
     headings += ["minutes"] * timed + ["dense of nearest bytes: WER %"] * equalled
-    lines = [headings, ["---", *["--:"] * (len(headings) - 1)]]
+    lines = []
     for row in rows:
         cells = [
-            row.name.replace("|", "\\|"),
+            row.name,
             f"{row.weights_bytes / 1e6:.2f}",
-            f"{100 * row.weights_bytes / row.float32_bytes:.2f}",
+            "" if row.float32_bytes is None else f"{100 * row.weights_bytes / row.float32_bytes:.2f}",
             "" if row.steps is None else str(row.steps),
             "" if row.wer is None else f"{100 * row.wer:.2f}{_percents(row.ci95, '.2f')}",
             "" if row.relative_difference is None
@@ -229,7 +237,48 @@ def markdown_table(rows: Sequence[ResultRow]) -> str:
         ]  # fmt: skip
         cells += ["" if row.seconds is None else f"{row.seconds / 60:.1f}"] * timed
         lines.append(cells + [row.equal or ""] * equalled)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return headings, lines
+
+
+def markdown_table(rows: Sequence[ResultRow]) -> str:
+    """Writes the results of many runs as a table in Markdown; see `result_cells`.
+
+    Returns:
+        Its lines, without a newline at the end.
+    """
+    headings, cells = result_cells(rows)
+    lines = [headings, ["---", *["--:"] * (len(headings) - 1)]]
+    lines += [[line[0].replace("|", "\\|"), *line[1:]] for line in cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def latex_table(rows: Sequence[ResultRow]) -> str:
+    """Writes the results of many runs as a table for LaTeX, with the rules of booktabs; see `result_cells`.
+
+    Returns:
+        Its lines, without a newline at the end.
+    """
+    headings, cells = result_cells(rows)
+    lines = [
+        "% needs \\usepackage{booktabs}",
+        f"\\begin{{tabular}}{{l{'r' * (len(headings) - 1)}}}",
+        "\\toprule",
+    ]
+    written = [
+        " & ".join(_LATEX.sub(_escaped, cell) for cell in line) + " \\\\" for line in (headings, *cells)
+    ]
+    return "\n".join([*lines, written[0], "\\midrule", *written[1:], "\\bottomrule", "\\end{tabular}"])
+
+
+def sparkline(values: Sequence[float], width: int = 24, *, ascii_only: bool = False) -> str:
+    """Draws a curve in one line of text, as means of equal parts if there are more values than places."""
+    marks = "_.-=*#" if ascii_only else "▁▂▃▄▅▆▇█"
+    count = min(width, len(values))
+    edges = [len(values) * part // count for part in range(count + 1)] if count else [0]
+    means = [sum(values[low:high]) / (high - low) for low, high in pairwise(edges)]
+    low, high = min(means, default=0.0), max(means, default=0.0)
+    scale = (len(marks) - 1) / (high - low) if high > low else 0.0
+    return "".join(marks[round((mean - low) * scale)] for mean in means)
 
 
 def measured_line(
@@ -262,6 +311,16 @@ def readable_bytes(count: int) -> str:
             return f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} GB"
+
+
+# What LaTeX takes for commands.
+_LATEX = re.compile(r"[\\\\&%$#_{}~^]")
+_LATEX_NAMES = {"\\": "textbackslash", "~": "textasciitilde", "^": "textasciicircum"}
+
+
+def _escaped(found: re.Match[str]) -> str:
+    character = found[0]
+    return f"\\{_LATEX_NAMES[character]}{{}}" if character in _LATEX_NAMES else f"\\{character}"
 
 
 def _plain(text: str) -> Text:
