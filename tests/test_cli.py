@@ -16,7 +16,8 @@ from usmlite import cli
 from usmlite.recipe import Recipe, keys
 
 HEAVY = (
-    "torch", "numpy", "transformers", "accelerate", "soundfile", "jiwer", "rich", "safetensors", "altair", "jinja2",
+    "torch", "numpy", "transformers", "accelerate", "soundfile", "jiwer", "rich", "safetensors", "altair",
+    "jinja2",
 )  # fmt: skip
 COMMANDS = ("compress", "sweep", "report", "evaluate", "transcribe", "info", "demo")
 

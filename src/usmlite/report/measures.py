@@ -143,7 +143,7 @@ def place_of(name: str) -> tuple[str, str]:
         leaf = leaf.replace("attention.", "self ").replace("_proj", "")
         return f"{found[1]} {found[2]}", leaf
     for side in ("encoder", "decoder"):
-        head, within, leaf = module.partition(f"{side}.")
+        _, within, leaf = module.partition(f"{side}.")
         if within:
             return side, leaf
     block, _, leaf = module.rpartition(".")
