@@ -1,3 +1,4 @@
+import io
 import json
 import sys
 from dataclasses import replace
@@ -69,6 +70,28 @@ def run(
         console.file = nowhere
         report = compress(recipe(model, speech), output, console=console)
     return output, report, console.export_text()
+
+
+def test_the_run_ends_with_a_page_and_a_curve(run):
+    output, report, text = run
+    assert "Report: " in text
+    assert "<h1>Report of run</h1>" in (output / "report.html").read_text()
+    assert "Loss " in text
+    assert len(json.loads((output / "histograms.json").read_text())["weights"]) > 4
+    assert report["data"]["train"]["utterances"] == len(TEXTS)
+    assert report["data"]["dev"]["seconds"] > 0
+
+
+def test_a_page_that_cannot_be_written_loses_nothing(model, speech, tmp_path, monkeypatch):
+    def broken(paths):
+        raise OutputError("cannot be written", where="report.html")
+
+    monkeypatch.setattr("usmlite.compress.read_report", broken)
+    console = Console(record=True, file=io.StringIO())
+    quick = recipe(model, speech, student={"start": "magnitude"}, training={"steps": 0})
+    compress(quick, tmp_path / "run", console=console)
+    assert "No report.html: report.html: cannot be written" in console.export_text()
+    assert (tmp_path / "run/report.json").is_file()
 
 
 def test_the_run_prints_a_plan_and_a_table_and_writes_a_report(run):

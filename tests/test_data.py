@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from usmlite.audio import SAMPLE_RATE, WINDOW_SAMPLES
 from usmlite.data import (
     Utterance,
     Window,
+    describe_corpus,
     load_corpus,
     load_window,
     pack_windows,
@@ -201,6 +203,29 @@ def test_a_path_that_is_no_corpus(tmp_path: Path, make: Callable[[Path], object]
     make(tmp_path / "speech.txt")
     with pytest.raises(DataError, match=rf"speech\.txt: {message}"):
         load_corpus(tmp_path / "speech.txt")
+
+
+def test_noise_levels(tmp_path: Path) -> None:
+    speak(tmp_path / "a.wav")
+    row = {"id": "a", "audio_filepath": "a.wav", "duration": 1.0, "snr_db": -2}
+    [utterance] = load_corpus(manifest(tmp_path, row))
+    assert utterance.snr_db == -2.0
+    write_manifest(tmp_path / "again.jsonl", [utterance])
+    assert load_corpus(tmp_path / "again.jsonl") == [utterance]
+    for bad in ("loud", True, 1e999):
+        with pytest.raises(DataError, match=r"line 1: snr_db"):
+            load_corpus(manifest(tmp_path, row | {"snr_db": bad}))
+
+
+def test_corpora_can_be_told_apart(corpus: Path) -> None:
+    utterances = load_corpus(corpus)
+    found = describe_corpus(utterances)
+    assert (found["utterances"], found["seconds"]) == (3, 6.0)
+    assert describe_corpus(load_corpus(corpus)) == found
+    others = [utterances[::-1], utterances[:2], [replace(utterances[0], text="x"), *utterances[1:]]]
+    assert len({describe_corpus(other)["sha256"] for other in (utterances, *others)}) == 4
+    # Where the audio lies does not matter.
+    assert describe_corpus([replace(u, audio=Path("x")) for u in utterances]) == found
 
 
 def test_write_manifest_is_read_back(corpus: Path) -> None:

@@ -14,7 +14,15 @@ import soundfile
 from usmlite.audio import SAMPLE_RATE
 from usmlite.data import Utterance
 from usmlite.errors import AudioError, DataError
-from usmlite.evaluate import Evaluation, UtteranceScore, compare, evaluate, worst
+from usmlite.evaluate import (
+    Evaluation,
+    UtteranceScore,
+    compare,
+    evaluate,
+    score_together,
+    worst,
+    worst_scores,
+)
 
 # The seconds of a recording say which it is: see Parrot.
 TEXTS = [
@@ -193,6 +201,23 @@ def scored(name: str, errors: Sequence[int], words: int = 10) -> Evaluation:
         {},
         {},
     )
+
+
+def test_groups_have_a_wer_and_an_interval() -> None:
+    scores = scored("a", [0, 2, 4, 2]).utterances
+    wer, (low, high) = score_together(scores) or (None, (None, None))
+    assert (wer, low, high) == (0.2, pytest.approx(0.05, abs=0.06), pytest.approx(0.35, abs=0.06))
+    assert score_together(scores) == score_together(scores)
+    assert score_together([dataclasses.replace(scores[0], words=0)]) is None
+    assert [score.id for score in worst_scores(scores, 2)] == ["u2", "u1"]
+    assert len(worst_scores(scores, 9)) == 3
+
+
+def test_lengths_and_noise_levels_are_kept(utterances: list[Utterance]) -> None:
+    loud = [dataclasses.replace(utterances[0], snr_db=5.0), *utterances[1:]]
+    found = Evaluation.from_json(json.loads(json.dumps(run(loud, Parrot()).to_json())))
+    assert [score.seconds for score in found.utterances] == [u.duration for u in loud]
+    assert [score.snr_db for score in found.utterances][:2] == [5.0, None]
 
 
 def test_comparing_with_itself() -> None:

@@ -16,10 +16,12 @@ from usmlite.tables import (
     ResultRow,
     comparison_table,
     difference_line,
+    latex_table,
     layer_table,
     markdown_table,
     measured_line,
     readable_bytes,
+    sparkline,
 )
 
 
@@ -136,3 +138,46 @@ def test_what_a_table_was_measured_on() -> None:
 )
 def test_readable_bytes(count: int, text: str) -> None:
     assert readable_bytes(count) == text
+
+
+def test_latex_table() -> None:
+    rows = [
+        ResultRow("dense", 151_000_000, 151_000_000, wer=0.0581, ci95=(0.052, 0.0645)),
+        ResultRow("50%_a&b\\{~^$#}", 100_000, None, steps=0),
+    ]
+    assert latex_table(rows).splitlines() == [
+        "% needs \\usepackage{booktabs}",
+        "\\begin{tabular}{lrrrrrr}",
+        "\\toprule",
+        "model & file, MB & \\% of float32 & steps & WER \\% (95 \\% interval) & against dense, relative"
+        " & p \\\\",
+        "\\midrule",
+        "dense & 151.00 & 100.00 &  & 5.81 (5.20 to 6.45) &  &  \\\\",
+        "50\\%\\_a\\&b\\textbackslash{}\\{\\textasciitilde{}\\textasciicircum{}\\$\\#\\}"
+        " & 0.10 &  & 0 &  &  &  \\\\",
+        "\\bottomrule",
+        "\\end{tabular}",
+    ]
+
+
+def test_a_row_of_unknown_dense_size() -> None:
+    row = ComparisonRow.of_result(ResultRow("x", 1_000, None, wer=0.5))
+    assert cells(next(line for line in drawn(comparison_table([row])).splitlines() if "1,000" in line)) == [
+        "x", "1,000", "-", "50.00", "-",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "width", "line"),
+    [
+        ([], 8, ""),
+        ([3.0], 8, "▁"),
+        ([1.0, 1.0, 1.0], 8, "▁▁▁"),
+        ([8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0], 8, "█▇▆▅▄▃▂▁"),
+        ([0.0, 2.0, 10.0, 12.0, 4.0, 6.0], 3, "▁█▄"),
+    ],
+)
+def test_sparkline(values: list[float], width: int, line: str) -> None:
+    assert sparkline(values, width) == line
+    assert len(sparkline(range(1000), 24)) == 24
+    assert sparkline([0.0, 1.0], ascii_only=True) == "_#"

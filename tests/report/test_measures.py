@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from small_ctc import CLASSES, small_model
 from usmlite.evaluate import UtteranceScore
 from usmlite.report import measures, pareto_front
 from usmlite.report.records import Layer, Record, Recordings, read_records
@@ -174,3 +175,14 @@ def test_histograms_are_shares(study: Path) -> None:
     assert pruned["pruned"] == 50
     assert pruned["zero"] >= 50
     assert next(row for row in rows if row["run"] == "int8")["layer"] == "all weights"
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_weight_of_other_families_has_a_place_of_its_own(name: str, tmp_path: Path) -> None:
+    model = small_model(name)
+    places: dict[tuple[str, str], str] = {}
+    for weight, parameter in model.named_parameters():
+        if parameter.dim() >= 2 and weight.endswith(".weight"):
+            assert places.setdefault(measures.place_of(weight), weight) == weight
+        layer = Layer(weight, "other", tuple(parameter.shape), "int4", 1, 4)
+        assert measures.part_of(layer) in measures.PARTS
