@@ -86,7 +86,7 @@ def test_a_page_that_cannot_be_written_loses_nothing(model, speech, tmp_path, mo
     def broken(paths):
         raise OutputError("cannot be written", where="report.html")
 
-    monkeypatch.setattr("usmlite.compress.read_report", broken)
+    monkeypatch.setattr(sys.modules["usmlite.compress"], "read_report", broken)
     console = Console(record=True, file=io.StringIO())
     quick = recipe(model, speech, student={"start": "magnitude"}, training={"steps": 0})
     compress(quick, tmp_path / "run", console=console)
