@@ -377,11 +377,11 @@ def _measured(
             ratio = len(matrix) / len(sample)
             if scale is not None:
                 # All rows, rounded plainly: how they share tables of frequencies does not show in some
-                # of them. Compensation spends a little more.
+                # of them. Compensation spends more, drawing in spends less.
                 plain = q.quantize(_over(matrix[sample], columns), scale[sample], None, spec.quant, None)
                 more = _bits(codes, spec.quant) / max(_bits(plain, spec.quant), 1e-9)
                 codes = q.quantize(_over(matrix, columns), scale, None, spec.quant, None)
-                ratio = max(1.0, more)
+                ratio = more
             size = _coded_bytes(codes, spec, *matrix.shape, ratio=ratio)
         yield Candidate(spec, size, error, sensitivity * error)
 
@@ -429,7 +429,11 @@ def _measured_table(
         matrix, zero = _over(problem.matrix, columns), None
         if scale is None:
             scale, zero = q.min_error(matrix, None, quant, spec.group)
-        codes = q.quantize(matrix, scale, zero, quant, spec.group)
+        wanted = matrix
+        if spec.rate is not None:
+            steps = matrix / scale
+            wanted = q.drawn_in(steps, q.row_squares(steps)).mul_(scale)
+        codes = q.quantize(wanted, scale, zero, quant, spec.group)
         rounded = q.dequantize(codes, scale, zero, quant, spec.group)
         dense = rounded if columns is None else rounded * columns
         size = spec.bytes(*matrix.shape)
