@@ -429,11 +429,7 @@ def _measured_table(
         matrix, zero = _over(problem.matrix, columns), None
         if scale is None:
             scale, zero = q.min_error(matrix, None, quant, spec.group)
-        wanted = matrix
-        if spec.rate is not None:
-            steps = matrix / scale
-            wanted = q.drawn_in(steps, q.row_squares(steps)).mul_(scale)
-        codes = q.quantize(wanted, scale, zero, quant, spec.group)
+        codes = q.quantize(matrix, scale, zero, quant, spec.group)
         rounded = q.dequantize(codes, scale, zero, quant, spec.group)
         dense = rounded if columns is None else rounded * columns
         size = spec.bytes(*matrix.shape)

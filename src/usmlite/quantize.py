@@ -191,7 +191,7 @@ def min_error(
 
 
 def rate_scales(
-    weight: Tensor, quant: Int, rate: float, rows: Tensor, columns: Tensor
+    weight: Tensor, quant: Int, rate: float, rows: Tensor, columns: Tensor, *, inward: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Scales with which entropy coding spends about `rate` bits on a weight.
 
@@ -206,6 +206,7 @@ def rate_scales(
         rows: float32 `[rows]`, positive: how large the steps of a row are next to those of others.
         columns: float32 `[columns]`, the same of columns. Those with a weight too large for the codes get
             larger steps.
+        inward: whether weights will be `drawn_in` before they are rounded.
 
     Returns:
         scale: float32 `[rows, 1]`, rounded as stored.
@@ -222,7 +223,9 @@ def rate_scales(
     for _ in range(_RATE_TRIES):
         middle = (low + high) / 2
         steps = sample / (size * 2.0**middle)
-        codes = quantize(drawn_in(steps, row_squares(steps)), one, None, quant, None)
+        if inward:
+            steps = drawn_in(steps, row_squares(steps))
+        codes = quantize(steps, one, None, quant, None)
         bits = entropy.entropy_of(entropy.count_codes(codes.numpy(), quant.bits, contexts))
         low, high = (middle, high) if bits > rate else (low, middle)
     scale = round_scale(rows.unsqueeze(1) * (size * 2.0**high), quant.scale_bits)
