@@ -194,3 +194,48 @@ def test_a_higher_rate_halves_the_step_until_the_largest_weight_is_reached():
     assert torch.allclose(finest, w.abs().amax(dim=1, keepdim=True) / 127, rtol=1e-3)
     wide = 100 * w  # a weight that is clipped already is clipped no more
     assert torch.equal(q.finer_rate_scales(scale, wide, quant, 3.0), scale)
+
+
+@pytest.mark.parametrize(("rate", "gain"), [(1.25, 0.8), (1.75, 0.9), (2.5, 0.97)])
+def test_weights_drawn_in_have_less_error_for_the_bits(rate, gain):
+    """Against plain rounding with the step that spends as many bits: Gish and Pierce against ECSQ."""
+    w = torch.randn(512, 512, generator=torch.Generator().manual_seed(1))
+
+    def codes_at(step, drawn):
+        steps = w / step
+        return (q.drawn_in(steps, q.row_squares(steps)) if drawn else steps).round()
+
+    def bits(codes):
+        share = torch.unique(codes, return_counts=True)[1] / codes.numel()
+        return -float((share * share.log2()).sum())
+
+    def error_at_rate(drawn):
+        low, high = 0.1, 8.0
+        for _ in range(30):
+            step = (low + high) / 2
+            low, high = (step, high) if bits(codes_at(step, drawn)) > rate else (low, step)
+        return float((codes_at(high, drawn) * high - w).square().mean())
+
+    assert error_at_rate(drawn=True) < gain * error_at_rate(drawn=False)
+
+
+def test_how_far_weights_are_drawn_in_goes_by_their_row_and_column():
+    sizes = torch.tensor([[0.01, 1.0, 100.0]]) * torch.tensor([[1.0], [10.0]])
+    w = torch.randn(2, 3, 4000, generator=torch.Generator().manual_seed(1)) * sizes.sqrt().unsqueeze(2)
+    matrix = w.permute(0, 2, 1).reshape(8000, 3)
+    kept = (q.drawn_in(matrix, q.row_squares(matrix)) / matrix).reshape(2, 4000, 3).mean(dim=1)
+    assert torch.all(kept[:, 1:] > kept[:, :-1])
+    assert torch.all(kept[1] > kept[0])
+    assert torch.all((kept > 0) & (kept < 1))
+    assert float(kept[1, 2]) > 0.99
+    few = q.drawn_in(matrix, q.row_squares(matrix), 0.5) / matrix
+    assert torch.all(few >= (q.drawn_in(matrix, q.row_squares(matrix)) / matrix))
+
+
+def test_zeros_can_be_drawn_in():
+    steps = torch.zeros(3, 4)
+    steps[0, 0] = 2.0
+    drawn = q.drawn_in(steps, q.row_squares(steps))
+    assert torch.equal(drawn[1:], torch.zeros(2, 4))
+    assert torch.equal(drawn[0, 1:], torch.zeros(3))
+    assert 0 < float(drawn[0, 0]) < 2

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from correlated import correlated, output_error
 from usmlite import quantize as q
-from usmlite.solve import _plan, _walk, drafts, solve
+from usmlite.solve import Problem, _plan, _walk, drafts, solve
 from usmlite.sparsify import nm_mask
 from usmlite.spec import NM, Int, LayerSpec
 
@@ -80,3 +80,35 @@ def test_drafts_are_close_to_solutions() -> None:
             assert torch.equal(draft.mask, draft.values != 0) or spec.quant is not None
             groups = draft.mask.reshape(24, -1, spec.sparsity.m)
             assert (groups.sum(-1) == spec.sparsity.n).all()
+
+
+@pytest.mark.parametrize("rate", [1.0, 1.75])
+def test_rounding_inward_has_less_error_for_the_bits(rate: float) -> None:
+    inputs = correlated(2000, 96)
+    weight = torch.randn(256, 96, generator=torch.Generator().manual_seed(5))
+    hessian, spec = inputs.T @ inputs / len(inputs), LayerSpec.at_rate(rate)
+    steps = Problem(weight, hessian, 0.01)._column_steps
+    assert spec.quant is not None
+
+    def measured(inward: bool) -> tuple[float, float]:
+        """Bits a weight, and the error of the output."""
+        rows = torch.ones(256)
+        scale, columns = q.rate_scales(weight, spec.quant, rate, rows, steps, inward=inward)
+        found = solve(weight, hessian, spec, scale=scale, column_scale=columns, inward=inward)
+        codes = q.quantize(found.values, scale, None, spec.quant, None)
+        # What a student would round plainly is what was chosen here.
+        assert torch.equal(codes, q.quantize(found.master, scale, None, spec.quant, None))
+        share = torch.bincount(codes.flatten().long()) / codes.numel()
+        bits = -float((share * share.clamp(min=1e-12).log2()).sum())
+        return bits, output_error(weight, found.values * columns, inputs)
+
+    bits, error = measured(inward=True)
+    plain_bits, plain_error = measured(inward=False)
+    # Each bit is worth a factor of four.
+    assert error * 4**bits < 0.95 * plain_error * 4**plain_bits
+
+
+def test_tables_are_not_rounded_inward() -> None:
+    eye = torch.eye(4)
+    assert Problem(torch.ones(3, 4), eye, 0.01).inward
+    assert not Problem(torch.ones(3, 4), eye, 0.01, is_table=True).inward

@@ -377,11 +377,11 @@ def _measured(
             ratio = len(matrix) / len(sample)
             if scale is not None:
                 # All rows, rounded plainly: how they share tables of frequencies does not show in some
-                # of them. Compensation spends a little more.
+                # of them. Compensation spends more, drawing in spends less.
                 plain = q.quantize(_over(matrix[sample], columns), scale[sample], None, spec.quant, None)
                 more = _bits(codes, spec.quant) / max(_bits(plain, spec.quant), 1e-9)
                 codes = q.quantize(_over(matrix, columns), scale, None, spec.quant, None)
-                ratio = max(1.0, more)
+                ratio = more
             size = _coded_bytes(codes, spec, *matrix.shape, ratio=ratio)
         yield Candidate(spec, size, error, sensitivity * error)
 

@@ -251,6 +251,7 @@ def _start(
             covering=compression.options.covering,
             scale=scale,
             column_scale=column_scale,
+            inward=own.rate is not None and problem.inward,
         )
         used = solution.damping
         notes += solution.notes

@@ -21,6 +21,10 @@ from usmlite.spec import Int
 
 # Rows are handled in blocks of about this many elements, so that a block's temporaries stay in cache.
 _BLOCK_ELEMENTS = 1 << 17
+# The mean square of a uniform quantizer's rounding error, in squares of its step.
+_ROUNDING_ERROR = 1.0 / 12.0
+# A row is never taken for smaller than this, in squares of steps.
+_LEAST_SQUARE = 1e-6
 # Halvings of the interval in which the step for a rate is searched.
 _RATE_TRIES = 10
 # On so many weights: more of them would not change the step.
@@ -187,7 +191,7 @@ def min_error(
 
 
 def rate_scales(
-    weight: Tensor, quant: Int, rate: float, rows: Tensor, columns: Tensor
+    weight: Tensor, quant: Int, rate: float, rows: Tensor, columns: Tensor, *, inward: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Scales with which entropy coding spends about `rate` bits on a weight.
 
@@ -202,6 +206,7 @@ def rate_scales(
         rows: float32 `[rows]`, positive: how large the steps of a row are next to those of others.
         columns: float32 `[columns]`, the same of columns. Those with a weight too large for the codes get
             larger steps.
+        inward: whether weights will be `drawn_in` before they are rounded.
 
     Returns:
         scale: float32 `[rows, 1]`, rounded as stored.
@@ -212,17 +217,46 @@ def rate_scales(
     # What is searched on: every so many rows.
     sample = scaled[:: max(1, weight.numel() // _RATE_WEIGHTS)].cpu()
     contexts = entropy.Contexts.of(sample.numpy())
-    size = float(scaled.square().mean().sqrt()) or 1.0
+    size, one = float(scaled.square().mean().sqrt()) or 1.0, torch.ones(1, 1)
     # The rate falls by about a bit where the step doubles.
     low, high = -12.0, 6.0
     for _ in range(_RATE_TRIES):
         middle = (low + high) / 2
-        codes = quantize(sample, torch.tensor([[size * 2.0**middle]]), None, quant, None)
+        steps = sample / (size * 2.0**middle)
+        if inward:
+            steps = drawn_in(steps, row_squares(steps))
+        codes = quantize(steps, one, None, quant, None)
         bits = entropy.entropy_of(entropy.count_codes(codes.numpy(), quant.bits, contexts))
         low, high = (middle, high) if bits > rate else (low, middle)
     scale = round_scale(rows.unsqueeze(1) * (size * 2.0**high), quant.scale_bits)
     largest = (weight / scale).abs().amax(dim=0) / (_RATE_REACH * (quant.max_code - quant.zero))
     return scale, torch.where(largest > columns, round_scale(largest, quant.scale_bits), columns)
+
+
+def row_squares(steps: Tensor) -> Tensor:
+    """Mean squares of rows, float32 `[rows]`, of weights in steps `[rows, columns]`; for `drawn_in`."""
+    return steps.square().mean(dim=1).clamp_(min=_LEAST_SQUARE)
+
+
+def drawn_in(steps: Tensor, rows: Tensor, share: float = 1.0) -> Tensor:
+    """Weights drawn towards zero before they are rounded, where small codes are the cheap ones.
+
+    A code costs the more bits the further it is from zero. With normally distributed weights the least
+    error at a given number of bits comes of thresholds between codes that lie further out by a common
+    factor (entropy-constrained scalar quantization: Chou, Lookabaugh and Gray 1989; docs/decisions/0018).
+    The factor is Wiener's, the weights' mean square over that with the rounding error's, row by row and
+    column by column: little at three bits, a quarter at one.
+
+    Args:
+        steps: float32 `[rows, columns]`, weights in steps; a part of the columns will do.
+        rows: float32 `[rows]`, `row_squares` of all columns.
+        share: of the rounding error that is counted.
+
+    Returns:
+        float32 `[rows, columns]`, to be rounded.
+    """
+    size = rows.unsqueeze(1)
+    return steps / (1.0 + share * _ROUNDING_ERROR / (size * (steps.square() / size).mean(dim=0)))
 
 
 def finer_scales(scale: Tensor, zero: Tensor | None, quant: Int, finer: Int) -> tuple[Tensor, Tensor | None]:

@@ -38,6 +38,8 @@ _BELOW_KEPT = 0.95
 _DAMPING_TRIES = 12
 # For tables of rows: how much a row counts as itself next to its use as the weight of a projection.
 _TABLE_DAMPING = 1.0
+# How far weights are drawn towards zero in coordinate descent, next to the walk (docs/decisions/0018).
+_DRAWN_AGAIN = 0.5
 # Coordinate descent after the walk: three sweeps give nearly all of what eight do.
 _SWEEPS = 3
 
@@ -87,6 +89,15 @@ class Problem:
         return cls(weight, hessian, damping, rows, moments.is_table)
 
     @property
+    def inward(self) -> bool:
+        """Whether weights at a rate are drawn towards zero before they are rounded.
+
+        Not those of tables: their rows are what the likely words' scores are made of, and all of these
+        would be drawn in together (docs/decisions/0018).
+        """
+        return not self.is_table
+
+    @property
     def cost(self) -> Tensor:
         """The Hessian with the damping on its diagonal: of a table, the cost of both its uses."""
         mean = self.hessian.diagonal().mean()
@@ -110,7 +121,7 @@ class Problem:
         elif self.rows is not None:
             rows = self.rows.rsqrt()
         columns = q.column_scales(self.matrix, quant) if self.is_table else self._column_steps
-        return q.rate_scales(self.matrix, quant, rate, rows, columns)
+        return q.rate_scales(self.matrix, quant, rate, rows, columns, inward=self.inward)
 
     @functools.cached_property
     def _column_steps(self) -> Tensor:
@@ -187,6 +198,7 @@ def solve(
     covering: bool = False,
     scale: Tensor | None = None,
     column_scale: Tensor | None = None,
+    inward: bool = False,
 ) -> Solution:
     """Prunes and rounds a weight so that its output on the given inputs changes little.
 
@@ -210,6 +222,8 @@ def solve(
             then no kept weight lies outside the codes, and each group has one at the end of its range.
         scale: float32 `[rows, 1]`, if it is not to be chosen here; for symmetric codes without groups.
         column_scale: float32 `[columns]`, if every column has a scale as well.
+        inward: whether weights are drawn towards zero before they are rounded to a given scale, because
+            small codes are cheaper (`quantize.drawn_in`): a little more error for many fewer bits.
 
     Returns:
         The solution. Its master weights are the compensated ones before rounding, moved so that they
@@ -222,7 +236,7 @@ def solve(
         importance = torch.ones(columns, device=weight.device)
     given = scale
     plan, damping, notes = _plan(hessian, spec, damping, covering and given is None)
-    plan = plan.scaled(column_scale)
+    plan = replace(plan.scaled(column_scale), inward=inward and given is not None)
     master, values = torch.empty_like(weight), torch.empty_like(weight)
     mask = None if spec.sparsity is None else torch.empty_like(weight, dtype=torch.bool)
     zero = None
@@ -255,7 +269,7 @@ def drafts(
         weight: float32 `[rows, columns]`; some of the rows will do.
         hessian: as for `solve`.
         specs: what the weight may become, each with its scales of rows and of columns where they are given,
-            as for `solve`.
+            as for `solve`. Those with a rate are rounded inward.
         damping: as for `solve`.
 
     Yields:
@@ -266,7 +280,7 @@ def drafts(
         walk = (1 if spec.sparsity is None else spec.sparsity.m, spec.group or 0)
         if walk not in plans:
             plans[walk] = _plan(hessian, spec, damping, covering=False)[0]
-        plan = replace(plans[walk], spec=spec).scaled(column_scale)
+        plan = replace(plans[walk], spec=spec, inward=spec.rate is not None).scaled(column_scale)
         matrix = weight.float() if column_scale is None else weight.float() / column_scale
         found = _walk(matrix, plan, scale)
         fit = scale is None
@@ -288,6 +302,7 @@ class _Plan:
         groups: position where a scale group starts, to its width and number; empty if the scale is
             the row's.
         covering: as for `solve`.
+        inward: as for `solve`.
     """
 
     spec: LayerSpec
@@ -299,6 +314,7 @@ class _Plan:
     patterns: dict[int, int]
     groups: dict[int, tuple[int, int]]
     covering: bool
+    inward: bool = False
 
     def scaled(self, column_scale: Tensor | None) -> _Plan:
         """The same walk for the weight over these column scales; the order and the damping stay."""
@@ -422,6 +438,7 @@ def _walk(weight: Tensor, plan: _Plan, scale: Tensor | None = None, zero: Tensor
         if spec.group is None and not given:
             _scale_into(scale, zero, 0, work, kept, plan, 0, columns)
         row_scale, row_zero = scale[:, 0], None if zero is None else zero[:, 0]
+    sizes = q.row_squares(weight / scale) if plan.inward and scale is not None else None
     for start, stop in plan.blocks:
         errors = torch.empty(stop - start, rows, device=work.device)
         for position in range(start, stop):
@@ -434,7 +451,8 @@ def _walk(weight: Tensor, plan: _Plan, scale: Tensor | None = None, zero: Tensor
                 row_scale = scale[:, number].contiguous()
                 row_zero = None if zero is None else zero[:, number].contiguous()
             column, value = work[position], values[position]
-            _round(column, row_scale, row_zero, plan, out=value)
+            drawn = column if sizes is None else _drawn_in(column, row_scale, sizes)
+            _round(drawn, row_scale, row_zero, plan, out=value)
             if kept is not None:
                 value.masked_fill_(~kept[position], 0.0)
             error = torch.sub(column, value, out=errors[position - start]).div_(diagonal[position])
@@ -452,7 +470,8 @@ def _polish(
 
     Coordinate descent: every column in turn is rounded from where the error of all the others
     would have it (the walk only looks ahead); then each row's scale is fitted to its codes by
-    least squares, unless it shall stay. Neither can raise the error, but for the scale's rounding to float16.
+    least squares, unless it shall stay. Neither can raise the error, but for the scale's rounding to float16,
+    and where small codes are cheaper for that (`quantize.drawn_in`).
     """
     quant, group = plan.spec.quant, plan.spec.group
     assert quant is not None
@@ -463,6 +482,7 @@ def _polish(
     values, wanted = found.values.T.contiguous(), found.master.T.contiguous()
     kept = None if found.mask is None else found.mask.T.contiguous()
     original = weight.T.contiguous()
+    sizes = q.row_squares(weight / scale) if plan.inward else None
     for _ in range(sweeps):
         pull = hessian @ (original - values)
         if fit and group is None and not plan.covering:
@@ -482,6 +502,8 @@ def _polish(
                 # Where the column would be best if it were not rounded; pruned ones stay as they were.
                 best = value + pull[column] / squares[column]
                 target.copy_(best if kept is None else torch.where(kept[column], best, target))
+                if sizes is not None:
+                    target.copy_(_drawn_in(target, scale[:, 0], sizes, _DRAWN_AGAIN))
                 change = value.clone()
                 _round(target, scale[:, number], None if zero is None else zero[:, number], plan, out=value)
                 if kept is not None:
@@ -504,6 +526,9 @@ def _plain(weight: Tensor, importance: Tensor, plan: _Plan, given: Tensor | None
     if quant is None:
         return Solution(weight, _pruned(_to_half(weight), mask), mask, None, None, 0.0)
     scale, zero = _scales(weight, mask, plan) if given is None else (given, None)
+    if plan.inward:
+        steps = weight / scale
+        weight = q.drawn_in(steps, q.row_squares(steps)).mul_(scale)
     values = q.fake_quantize(_pruned(weight, mask), mask, scale, zero, quant, plan.spec.group)
     return Solution(weight, values, mask, scale, zero, 0.0)
 
@@ -540,6 +565,12 @@ def _round(column: Tensor, scale: Tensor | None, zero: Tensor | None, plan: _Pla
     torch.div(column, scale, out=out)
     out.add_(offset).round_().clamp_(_lowest_code(plan), quant.max_code)
     out.sub_(offset).mul_(scale)
+
+
+def _drawn_in(column: Tensor, scale: Tensor | None, sizes: Tensor, share: float = 1.0) -> Tensor:
+    """A column `[rows]` drawn towards zero, for `_round`."""
+    assert scale is not None
+    return q.drawn_in((column / scale).unsqueeze(1), sizes, share).squeeze(1).mul_(scale)
 
 
 def _choose(work: Tensor, kept: Tensor, diagonal: Tensor, position: int, width: int, nm: NM) -> None:
