@@ -59,4 +59,4 @@ def test_a_cue_is_one_line_whatever_the_text(name: str) -> None:
 
 
 def test_every_format_has_a_writer() -> None:
-    assert list(FORMATS) == ["txt", "json", "srt", "vtt"]
+    assert list(FORMATS) == ["txt", "json", "srt", "vtt", "tsv"]

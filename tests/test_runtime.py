@@ -11,7 +11,8 @@ import torch
 
 from small_whisper import small_teacher
 from usmlite.errors import AudioError, ModelError
-from usmlite.models import Decoded, WhisperAdapter
+from usmlite.models import Decoded, Options, WhisperAdapter
+from usmlite.models.adapter import WITHOUT_TIMES
 from usmlite.runtime import Recognizer, Segment, Transcript
 
 
@@ -37,8 +38,10 @@ class Scripted(WhisperAdapter):
         self.heard += [float((row != 0).sum()) / 16_000 for row in samples]
         return samples
 
-    def decode(self, model: object, features: torch.Tensor, **options: Any) -> list[Decoded]:
-        self.asked.append((len(features), options["timestamps"], options["language"]))
+    def decode(
+        self, model: object, features: torch.Tensor, options: Options = WITHOUT_TIMES, **others: Any
+    ) -> list[Decoded]:
+        self.asked.append((len(features), options.timestamps, options.language))
         found = []
         for _ in features:
             tokens: list[int] = []

@@ -257,11 +257,11 @@ class Recognizer:
         """Transcribes recordings side by side; each is there as soon as it is finished.
 
         Args:
-            audio: files, or float32 mono samples at 16 kHz in -1 to 1. Files are opened when it is their turn.
+            audio: files, or float32 mono samples at 16 kHz in -1 to 1. Files are opened in their turn.
             options: what is asked for, and how texts are searched for.
             batch_size: how many windows are decoded side by side.
-            vad: hear only where somebody speaks, found by silero-vad (extra `vad`), stretches of one recording
-                side by side. Silence then costs nothing, and nothing is made up where nobody speaks.
+            vad: hear only where somebody speaks, found by silero-vad (extra `vad`), stretches of one
+                recording side by side. Silence then costs nothing, and no text is made up for it.
             condition_on_previous_text: tell each window what was said in the ones before it. Spelling is
                 steadier; mistakes may carry on.
             progress: called with the fraction of the audio that is done, 0 to 1.

@@ -8,6 +8,7 @@ first token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -132,7 +133,7 @@ def _weights(
     part = slice(head * wide, (head + 1) * wide)
     queries = caught[attention.queries][row, :tokens, part].float()
     keys = caught[attention.keys][row, :frames, part].float()
-    return (queries @ keys.T * wide**-0.5).softmax(dim=-1)
+    return (queries @ keys.T / math.sqrt(wide)).softmax(dim=-1)
 
 
 def _starts(weights: Tensor) -> list[float]:
