@@ -5,8 +5,8 @@
 
 Every part takes the same utterances, spread evenly over the corpus: one by one for the ways to search; one
 behind the other, with a second of silence between, for long audio, word times and streaming. Seconds are
-processor seconds of one thread, which other work on the machine disturbs least. `--page` rewrites the tables of
-docs/transcription.md from results/transcription.json.
+processor seconds of one thread, which other work on the machine disturbs least. `--page` rewrites the tables
+of docs/transcription.md from results/transcription.json.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def words(recognizer: Recognizer, texts: list[str], audio: list[np.ndarray], str
             "name": name,
             "words": len(said),
             "between": between,
-            "backwards": sum(b.start < a.start for a, b in zip(said, said[1:], strict=False)),
+            "backwards": sum(b.start < a.start for a, b in pairwise(said)),
             "wer": wer([" ".join(texts)], [found.text]),
             # Any word in a wrong utterance is a deletion here and an insertion there.
             "wer_by_place": wer(texts, ["".join(each) for each in by_place]),
@@ -150,7 +151,7 @@ def words(recognizer: Recognizer, texts: list[str], audio: list[np.ndarray], str
 
 def stream(recognizer: Recognizer, texts: list[str], audio: list[np.ndarray], streamed: int) -> list[Any]:
     texts, audio = texts[:streamed], audio[:streamed]
-    samples, places = joined(audio)
+    samples, _ = joined(audio)
     offline = recognizer.transcribe(samples)
     seconds_of_audio = len(samples) / SAMPLE_RATE
     rows = [{"name": "offline, greedy", "wer": wer([" ".join(texts)], [offline.text])}]
@@ -219,9 +220,7 @@ def tables(measured: dict[str, Any]) -> str:
         else f"| {r['name']} | {r['wer']:.2f} | | | | | |"
         for r in measured["stream"]
     ]
-    out.append(
-        table("| stream | WER % | of real time | s an update | at most | latency, s | 90 % below |", rows)
-    )
+    out.append(table("| stream | WER % | of real time | s an update | at most | latency, s | 90 % |", rows))
     out.append(
         f"`{measured['model']}`, {measured['arithmetic']}; {measured['utterances']} utterances, "
         f"{audio / 60:.1f} minutes of speech ({measured['streamed']} of them streamed); one thread. "
@@ -246,7 +245,7 @@ def main() -> None:
             "utterances": len(chosen),
             "streamed": arguments.streamed,
             "audio_seconds": sum(map(len, audio)) / SAMPLE_RATE,
-            "machine": describe_machine()["processor"],
+            "machine": describe_machine()["cpu"],
         }
         for part in arguments.parts:
             measured[part] = PARTS[part](recognizer, texts, audio, arguments.streamed)
