@@ -5,19 +5,10 @@ import random
 import pytest
 import torch
 
-from small_whisper import small_student, small_teacher
+from openai_search import openai_rules
+from small_whisper import lively, small_student, small_teacher
 from usmlite.models import Options
 from usmlite.models.decoding import TIMESTAMPS, Chooser, DecodingOptions, Prompt, Row, decode_greedily
-
-
-def lively(seed: int, **changes: int) -> tuple[torch.nn.Module, torch.Tensor]:
-    """A model with weights large enough that it does not say one thing over and over, and what it hears."""
-    model, _ = small_teacher(seed, **changes)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.model.decoder.parameters():
-        if parameter.ndim > 1:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
-    return model, torch.randn(5, 1500, 24, generator=generator) * 2
 
 
 def heard(model: torch.nn.Module, ids: torch.Tensor, encoded: torch.Tensor) -> torch.Tensor:
@@ -130,36 +121,6 @@ def test_a_student_with_replaced_layers_decodes(subtests: pytest.Subtests) -> No
         ] = -torch.inf
         first = [result.tokens[0] if result.tokens else adapter.end for result in plain]
         assert first == logits.argmax(dim=-1).tolist()
-
-
-# The rules of openai/whisper decoding.py, ApplyTimestampRules, written as it writes them.
-
-
-def openai_rules(logits: torch.Tensor, tokens: list[int], options: DecodingOptions) -> torch.Tensor:
-    begin, end = options.timestamp_begin or 0, options.end
-    logits = logits.clone()
-    logits[list(options.suppress)] = -torch.inf
-    if not tokens:
-        logits[list(options.suppress_first)] = -torch.inf
-    logits[options.no_timestamps] = -torch.inf
-    last_was_timestamp = len(tokens) >= 1 and tokens[-1] >= begin
-    penultimate_was_timestamp = len(tokens) < 2 or tokens[-2] >= begin
-    if last_was_timestamp:
-        if penultimate_was_timestamp:
-            logits[begin:] = -torch.inf
-        else:
-            logits[:end] = -torch.inf
-    timestamps = [token for token in tokens if token >= begin]
-    if timestamps:
-        together = last_was_timestamp and not penultimate_was_timestamp
-        logits[begin : timestamps[-1] + (0 if together else 1)] = -torch.inf
-    if not tokens:
-        logits[:begin] = -torch.inf
-        logits[begin + round(options.max_initial_timestamp / 0.02) + 1 :] = -torch.inf
-    logprobs = logits.log_softmax(dim=0)
-    if logprobs[begin:].logsumexp(dim=0) > logprobs[:begin].max():
-        logits[:begin] = -torch.inf
-    return logits
 
 
 OPTIONS = DecodingOptions(
