@@ -34,11 +34,12 @@ if TYPE_CHECKING:
     )
     from usmlite.evaluate import Comparison, Evaluation, compare, evaluate
     from usmlite.load import load
-    from usmlite.models import Teacher, load_teacher
+    from usmlite.models import Options, Teacher, Word, load_teacher
     from usmlite.movement import attach
     from usmlite.recipe import Recipe, build_recipe, load_recipe
     from usmlite.runtime import Recognizer, Segment, Transcript
     from usmlite.spec import NM, CompressionSpec, Int, LayerSpec, Rule
+    from usmlite.streaming import Update
     from usmlite.student import StudentOptions, make_student
 
 __version__ = "0.1.0"
@@ -53,6 +54,7 @@ __all__ = [
     "Int",
     "LayerSpec",
     "ModelError",
+    "Options",
     "OutputError",
     "PackedModelError",
     "Recipe",
@@ -65,8 +67,10 @@ __all__ = [
     "Teacher",
     "TrainingError",
     "Transcript",
+    "Update",
     "UsmliteError",
     "Utterance",
+    "Word",
     "attach",
     "build_recipe",
     "compare",
@@ -90,10 +94,11 @@ _HOME = {
     "evaluate": ("Comparison", "Evaluation", "compare", "evaluate"),
     "load": ("load",),
     "movement": ("attach",),
-    "models": ("Teacher", "load_teacher"),
+    "models": ("Options", "Teacher", "Word", "load_teacher"),
     "recipe": ("Recipe", "build_recipe", "load_recipe"),
     "runtime": ("Recognizer", "Segment", "Transcript"),
     "spec": ("NM", "CompressionSpec", "Int", "LayerSpec", "Rule"),
+    "streaming": ("Update",),
     "student": ("StudentOptions", "make_student"),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
