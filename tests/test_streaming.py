@@ -91,6 +91,30 @@ def test_commas_and_capitals_do_not_count() -> None:
     assert updates[2].final == ""
 
 
+def test_words_are_told_apart_by_what_they_say_and_not_by_times_alone() -> None:
+    # The last final word's end is put half a second late: the word after it must not be lost for that.
+    script = iter([("resist", 0.9), ("resist on any", 0.4), ("resist on any student", 0.4)])
+
+    def hear(audio: np.ndarray, said: str) -> Sequence[TimedText]:
+        text, length = next(script)
+        starts = (0.0, 0.5, 0.7, 1.2)
+        words = [word(t, start, length) for t, start in zip(text.split(), starts, strict=False)]
+        return [TimedText(0.0, 2.0, "", tuple(words))]
+
+    updates = list(agreeing(hear, [samples(1.0)] * 2))
+    assert "".join(update.final for update in updates) == " resist on any student"
+
+
+def test_a_word_that_is_heard_otherwise_later_is_not_said_twice() -> None:
+    script = iter(["a cat sat", "a cat sat on", "a cut sat on the mat", "a cut sat on the mat"])
+
+    def hear(audio: np.ndarray, said: str) -> Sequence[TimedText]:
+        return [TimedText(0.0, 2.0, "", tuple(word(t, 0.4 * n) for n, t in enumerate(next(script).split())))]
+
+    updates = list(agreeing(hear, [samples(1.0)] * 3))
+    assert "".join(update.final for update in updates) == " a cat sat on the mat"
+
+
 def test_who_never_agrees_loses_nothing() -> None:
     count = 0
 

@@ -19,7 +19,8 @@ _TRIM_SECONDS = 15.0  # a buffer longer than this gives up the segments that are
 _MOST_SECONDS = WINDOW_SECONDS - 2.0  # and one longer than this gives up whatever it must
 _TOLD = 200  # characters of the text before the buffer that the model is told
 _SLACK = 0.1  # seconds by which times of one word may differ between two hypotheses
-_OVERLAP = 5  # words that may be heard again at the border of what is final
+_OVERLAP = 5  # words that may be heard again where the buffer begins
+_RELIABLE = 0.5  # share of the final words that may be heard otherwise now
 
 Hear = Callable[[np.ndarray, str], Sequence[TimedText]]
 """Samples of at most 30 seconds and the text before them, to segments with words."""
@@ -86,6 +87,7 @@ class _Listener:
         self._start = 0.0  # of the buffer, in seconds
         self._final: list[Word] = []  # in the buffer
         self._said = ""  # before the buffer
+        self._gone: list[Word] = []  # the last words of it
         self._guess: list[Word] = []
 
     @property
@@ -134,8 +136,9 @@ class _Listener:
             )
             for each in self._hear(self._samples, self._said[-_TOLD:])
         ]
-        words = [w for each in segments for w in each.words or () if w.start > self._settled - _SLACK]
-        return segments, words[_heard_again(self._final, words) :]
+        words = [word for each in segments for word in each.words or ()]
+        words = words[_heard_again(self._gone, words) :]
+        return segments, words[_known(self._final, words) :]
 
     def _trim(self, segments: Sequence[TimedText]) -> None:
         if len(self._samples) <= _TRIM_SECONDS * SAMPLE_RATE:
@@ -151,6 +154,7 @@ class _Listener:
         """Takes the audio up to some second, and its words, out of the buffer."""
         gone = [word for word in self._final if word.end <= until + _SLACK]
         self._said += _text(gone)
+        self._gone = [*self._gone, *gone][-_OVERLAP:]
         self._final = self._final[len(gone) :]
         count = min(len(self._samples), max(0, round((until - self._start) * SAMPLE_RATE)))
         self._samples = self._samples[count:]
@@ -176,11 +180,35 @@ def _common(before: Sequence[Word], after: Sequence[Word]) -> int:
     return count
 
 
-def _heard_again(final: Sequence[Word], words: Sequence[Word]) -> int:
-    """How many of the first words are the last final ones once more: times near a border waver."""
-    for count in range(min(_OVERLAP, len(final), len(words)), 0, -1):
-        last, first = final[-count:], words[:count]
+def _heard_again(gone: Sequence[Word], words: Sequence[Word]) -> int:
+    """How many of the first words are the last ones before the buffer once more: times waver."""
+    for count in range(min(len(gone), len(words)), 0, -1):
+        last, first = gone[-count:], words[:count]
         near = abs(first[0].start - last[0].start) < 1.0
         if near and [_plain(w) for w in last] == [_plain(w) for w in first]:
             return count
     return 0
+
+
+def _known(final: Sequence[Word], words: Sequence[Word]) -> int:
+    """How many of the first words are those that are final, by the fewest differences; then by time."""
+    if not final or not words:
+        return 0
+    said, heard = [_plain(w) for w in final], [_plain(w) for w in words]
+    costs = list(range(len(heard) + 1))
+    for index, first in enumerate(said, start=1):
+        diagonal, costs[0] = costs[0], index
+        for place, second in enumerate(heard, start=1):
+            changed = diagonal + (first != second)
+            diagonal = costs[place]
+            costs[place] = min(changed, costs[place] + 1, costs[place - 1] + 1)
+    settled = final[-1].end
+    borders = [*(word.start for word in words), words[-1].end]
+    least = min(costs)
+    if least > _RELIABLE * len(said):
+        # Something else is heard altogether: only times are left to go by.
+        return sum(word.start <= settled - _SLACK for word in words)
+    return min(
+        (place for place, cost in enumerate(costs) if cost == least),
+        key=lambda place: abs(borders[place] - settled),
+    )

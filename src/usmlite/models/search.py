@@ -167,11 +167,8 @@ def decode_by_drawing(
     for emitted in range(budget):
         chooser.allow(logits, [row for audio in alive for row in drawn[audio]])
         logprobs = logits.log_softmax(dim=-1)
-        # The largest of logits minus Gumbel noise is a draw from their softmax.
-        noise = torch.cat(
-            [torch.empty(best_of, logits.shape[1]).exponential_(generator=dice[audio]) for audio in alive]
-        )
-        tokens = (logprobs / temperature - noise.to(device).log()).argmax(dim=-1)
+        points = torch.cat([torch.rand(best_of, generator=dice[audio]) for audio in alive])
+        tokens = _drawn((logprobs / temperature).softmax(dim=-1), points.to(device))
         chances = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
         told = tokens.tolist()
         for place, (token, chance) in enumerate(zip(told, chances, strict=True)):
@@ -194,3 +191,12 @@ def decode_by_drawing(
         logits = decoder.logits(hidden[:, -1])
         alive = left
     return [likeliest(each, length_penalty) for each in drawn]
+
+
+def _drawn(chances: Tensor, points: Tensor) -> Tensor:
+    """Tokens int64 `[rows]`: where points from 0 to 1 fall among probabilities `[rows, vocabulary]`."""
+    sums = chances.double().cumsum(dim=-1)
+    found = torch.searchsorted(sums, (points * sums[:, -1])[:, None].contiguous(), right=True)[:, 0]
+    # A point may be rounded up to the sum of all: the last token that has a probability is meant.
+    last = sums.shape[1] - 1 - (chances > 0).flip(1).to(torch.uint8).argmax(dim=1)
+    return torch.minimum(found, last)
