@@ -38,6 +38,11 @@ def test_times_in_a_pack_are_those_of_the_recording() -> None:
     ]
     # What ends on a border ends before the silence.
     assert [pack.original(t, ends=True) for t in (2.0, 5.0, 6.0)] == [7.0, 23.0, 41.0]
+    # A word lies on one side of a silence.
+    assert pack.within(1.5, 1.75) == (6.5, 6.75)
+    assert pack.within(1.0, 2.5) == (6.0, 7.0)
+    assert pack.within(1.75, 3.0) == (20.0, 21.0)
+    assert pack.within(5.5, 9.0) == (40.5, 41.0)
     recording = np.arange(45 * RATE, dtype=np.float32)
     assert pack.samples(recording)[[0, 2 * RATE, 5 * RATE]].tolist() == [5.0 * RATE, 20.0 * RATE, 40.0 * RATE]
 

@@ -129,21 +129,22 @@ class _Part:
         self.position += WINDOW_SAMPLES if advance is None else round(advance * SAMPLE_RATE)
 
     def _placed(self, piece: TimedText, offset: float, span: float) -> Segment:
+        start, end = (offset + min(seconds, span) for seconds in (piece.start, piece.end))
+        if self.pack is not None:
+            start, end = self.pack.original(start), self.pack.original(end, ends=True)
         words = piece.words
-        if words is not None:
-            words = tuple(
-                replace(
-                    word,
-                    start=self._time(offset + min(word.start, span)),
-                    end=self._time(offset + min(word.end, span), ends=True),
-                )
-                for word in words
-            )
-        start = self._time(offset + min(piece.start, span))
-        return Segment(start, self._time(offset + min(piece.end, span), ends=True), piece.text, words)
+        if words:
+            words = tuple(self._placed_word(word, offset, span) for word in words)
+            # Without the silence between the stretches, which a word cannot contain.
+            if self.pack is not None:
+                start, end = words[0].start, words[-1].end
+        return Segment(round(start, 3), round(end, 3), piece.text, words)
 
-    def _time(self, seconds: float, *, ends: bool = False) -> float:
-        return round(seconds if self.pack is None else self.pack.original(seconds, ends=ends), 3)
+    def _placed_word(self, word: Word, offset: float, span: float) -> Word:
+        start, end = (offset + min(seconds, span) for seconds in (word.start, word.end))
+        if self.pack is not None:
+            start, end = self.pack.within(start, end)
+        return replace(word, start=round(start, 3), end=round(end, 3))
 
 
 @dataclass

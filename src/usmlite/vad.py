@@ -60,6 +60,23 @@ class Pack:
             left -= length
         raise ValueError("a pack has at least one stretch")
 
+    def within(self, start: float, end: float) -> tuple[float, float]:
+        """Times in the pack to times in the recording, of something that cannot go on over a silence.
+
+        Args:
+            start: seconds from the pack's beginning.
+            end: the same. What lies beyond the stretch that holds the middle is cut off.
+        """
+        middle = (start + end) / 2 * SAMPLE_RATE
+        first = 0
+        for each in self.stretches:
+            last = first + each.end - each.start
+            if middle < last or each is self.stretches[-1]:
+                low, high = (min(max(t * SAMPLE_RATE, first), last) - first for t in (start, end))
+                return (each.start + low) / SAMPLE_RATE, (each.start + high) / SAMPLE_RATE
+            first = last
+        raise ValueError("a pack has at least one stretch")
+
 
 def speech(samples: np.ndarray, *, threshold: float = THRESHOLD) -> list[Stretch]:
     """Where somebody speaks.
