@@ -60,8 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data", help="speech with text: a manifest, a LibriSpeech directory, ...")
     parser.add_argument("--model", default="tiny.en-small")
-    parser.add_argument("--utterances", type=int, default=60)
-    parser.add_argument("--streamed", type=int, default=30, help="utterances of the stream")
+    parser.add_argument("--utterances", type=int, default=60, help="how many (default: 60)")
+    parser.add_argument("--first", type=int, metavar="N", help="only the first N of these")
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS))
     parser.add_argument("--page", action="store_true", help="only rewrite the tables")
     return parser
@@ -92,7 +92,7 @@ def joined(audio: Sequence[np.ndarray]) -> tuple[np.ndarray, list[tuple[float, f
     return np.concatenate(pieces), places
 
 
-def search(recognizer: Recognizer, texts: list[str], audio: list[np.ndarray], streamed: int) -> list[Any]:
+def search(recognizer: Recognizer, texts: list[str], audio: list[np.ndarray]) -> list[Any]:
     rows = []
     for name, options in SEARCHES.items():
         found, seconds = timed(lambda options=options: recognizer.transcribe(audio, options))
@@ -101,7 +101,7 @@ def search(recognizer: Recognizer, texts: list[str], audio: list[np.ndarray], st
     return rows
 
 
-def long(recognizer: Recognizer, texts: list[str], audio: list[np.ndarray], streamed: int) -> list[Any]:
+def long(recognizer: Recognizer, texts: list[str], audio: list[np.ndarray]) -> list[Any]:
     # Three speeches, so that something can be decoded side by side in every row.
     parts = [joined(audio[first::3])[0] for first in range(3)]
     reference = [" ".join(texts[first::3]) for first in range(3)]
@@ -113,7 +113,7 @@ def long(recognizer: Recognizer, texts: list[str], audio: list[np.ndarray], stre
     return rows
 
 
-def words(recognizer: Recognizer, texts: list[str], audio: list[np.ndarray], streamed: int) -> list[Any]:
+def words(recognizer: Recognizer, texts: list[str], audio: list[np.ndarray]) -> list[Any]:
     """Whether each word that was said is put into its utterance."""
     samples, places = joined(audio)
     rows = []
@@ -145,8 +145,7 @@ def words(recognizer: Recognizer, texts: list[str], audio: list[np.ndarray], str
     return rows
 
 
-def stream(recognizer: Recognizer, texts: list[str], audio: list[np.ndarray], streamed: int) -> list[Any]:
-    texts, audio = texts[:streamed], audio[:streamed]
+def stream(recognizer: Recognizer, texts: list[str], audio: list[np.ndarray]) -> list[Any]:
     samples, _ = joined(audio)
     offline = recognizer.transcribe(samples)
     seconds_of_audio = len(samples) / SAMPLE_RATE
@@ -185,56 +184,49 @@ def stream(recognizer: Recognizer, texts: list[str], audio: list[np.ndarray], st
 PARTS = {"search": search, "long": long, "words": words, "stream": stream}
 
 
-def tables(measured: dict[str, Any]) -> str:
-    def table(head: str, rows: list[str]) -> str:
-        columns = head.count("|") - 1
-        return "\n".join([head, "| --- " + "| --: " * (columns - 1) + "|", *rows])
+HEADS = {
+    "search": "| one utterance at a time | WER % | seconds | of real time |",
+    "long": "| three recordings of many utterances | WER % | seconds | of real time |",
+    "words": "| word times | words | between utterances | backwards | WER % | WER % by place |",
+    "stream": "| stream | WER % | of real time | s an update | at most | latency, s | 90 % below |",
+}
 
-    audio = measured["audio_seconds"]
+
+def cells(part: str, row: dict[str, Any], audio_seconds: float) -> list[str]:
+    name, errors = row["name"], f"{row['wer']:.2f}"
+    if part == "words":
+        found = [str(row[key]) for key in ("words", "between", "backwards")]
+        return [name, *found, errors, f"{row['wer_by_place']:.2f}"]
+    if part == "stream":
+        keys = ("real_time_factor", "update_median", "update_most", "late_median", "late_90")
+        return [name, errors, *(f"{row[key]:.2f}" if key in row else "" for key in keys)]
+    return [name, errors, f"{row['seconds']:.0f}", f"{row['seconds'] / audio_seconds:.3f}"]
+
+
+def tables(measured: dict[str, Any]) -> str:
     out = []
-    for part, title in (
-        ("search", "one utterance at a time"),
-        ("long", "three recordings of many utterances"),
-    ):
-        rows = [
-            f"| {r['name']} | {r['wer']:.2f} | {r['seconds']:.0f} | {r['seconds'] / audio:.3f} |"
-            for r in measured[part]
-        ]
-        out.append(table(f"| {title} | WER % | seconds | of real time |", rows))
-    if "words" in measured:
-        rows = [
-            f"| {r['name']} | {r['words']} | {r['between']} | {r['backwards']} | {r['wer']:.2f} | "
-            f"{r['wer_by_place']:.2f} |"
-            for r in measured["words"]
-        ]
-        out.append(
-            table("| word times | words | between utterances | backwards | WER % | WER % by place |", rows)
-        )
-    if "stream" in measured:
-        rows = [
-            f"| {r['name']} | {r['wer']:.2f} | {r['real_time_factor']:.2f} | {r['update_median']:.2f} | "
-            f"{r['update_most']:.2f} | {r['late_median']:.1f} | {r['late_90']:.1f} |"
-            if "real_time_factor" in r
-            else f"| {r['name']} | {r['wer']:.2f} | | | | | |"
-            for r in measured["stream"]
-        ]
-        out.append(
-            table("| stream | WER % | of real time | s an update | at most | latency, s | 90 % |", rows)
-        )
+    for part, head in HEADS.items():
+        if part not in measured["parts"]:
+            continue
+        found = measured["parts"][part]
+        rows = [f"| {' | '.join(cells(part, row, found['audio_seconds']))} |" for row in found["rows"]]
+        line = "| --- " + "| --: " * (head.count("|") - 2) + "|"
+        said = f"{found['utterances']} utterances, {found['audio_seconds'] / 60:.1f} minutes of speech"
+        out += ["\n".join([head, line, *rows]), f"{said}."]
     out.append(
-        f"`{measured['model']}`, {measured['arithmetic']}; {measured['utterances']} utterances, "
-        f"{audio / 60:.1f} minutes of speech ({measured['streamed']} of them streamed); one thread. "
-        f"Machine: {measured['machine']}."
+        f"`{measured['model']}`, {measured['arithmetic']}, one thread. Machine: {measured['machine']}."
     )
     return "\n\n".join(out)
 
 
 def main() -> None:
     arguments = build_parser().parse_args()
-    measured = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    measured = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {"parts": {}}
     if not arguments.page:
         torch.set_num_threads(1)
-        chosen = spread(load_corpus(arguments.data, require_text=True), arguments.utterances)
+        chosen = spread(load_corpus(arguments.data, require_text=True), arguments.utterances)[
+            : arguments.first
+        ]
         audio = [load_audio(each.audio) for each in chosen]
         texts = [each.text or "" for each in chosen]
         recognizer = load(arguments.model)
@@ -242,19 +234,19 @@ def main() -> None:
         measured |= {
             "model": arguments.model,
             "arithmetic": arithmetic(recognizer.model),
-            "utterances": len(chosen),
-            "streamed": arguments.streamed,
-            "audio_seconds": sum(map(len, audio)) / SAMPLE_RATE,
             "machine": describe_machine()["cpu"],
         }
         for part in arguments.parts:
-            measured[part] = PARTS[part](recognizer, texts, audio, arguments.streamed)
+            measured["parts"][part] = {
+                "utterances": len(chosen),
+                "audio_seconds": sum(map(len, audio)) / SAMPLE_RATE,
+                "rows": PARTS[part](recognizer, texts, audio),
+            }
             RESULTS.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     text = PAGE.read_text(encoding="utf-8")
     before, after = text.split("<!-- measured -->")[0], text.split("<!-- /measured -->")[1]
-    PAGE.write_text(
-        f"{before}<!-- measured -->\n{tables(measured)}\n<!-- /measured -->{after}", encoding="utf-8"
-    )
+    shown = f"<!-- measured -->\n{tables(measured)}\n<!-- /measured -->"
+    PAGE.write_text(f"{before}{shown}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def test_transcribe_says_how_to_search(
         "--initial-prompt", "a", "--hotwords", "b", "--word-timestamps", "--condition-on-previous-text",
     ]) == 0  # fmt: skip
     (plain, _), (full, settings) = asked
-    assert plain == Options(temperatures=FALLBACK_TEMPERATURES)
+    assert plain == Options(beam_size=5, temperatures=FALLBACK_TEMPERATURES)
     assert full == Options(
         word_timestamps=True, beam_size=2, patience=1.5, length_penalty=0.5, temperatures=(0.5,), best_of=2,
         logprob_threshold=None, initial_prompt="a", hotwords="b",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from usmlite.evaluate import Evaluation
     from usmlite.models import Options
     from usmlite.report import Report
+    from usmlite.runtime import Recognizer
     from usmlite.transcription import Output
 
 INTERRUPTED = 130  # as shells report a program ended by Ctrl-C
@@ -36,6 +37,7 @@ ACTIVATIONS = ("int8", "float32")
 FORMATS = ("txt", "json", "srt", "vtt", "tsv")
 REPORTS = ("html", "md", "json", "latex")
 
+_BEAMS = 5  # as openai/whisper's command line; docs/transcription.md says what they do
 _SECTIONS = {
     "model": "where to start",
     "data": "speech to train on, choose on and report on",
@@ -373,8 +375,8 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     """What of `Options` says how texts are searched for; names and defaults as openai/whisper's."""
     group = parser.add_argument_group("search (Whisper)")
     group.add_argument(
-        "--beam-size", type=_whole(1), default=1, metavar="N",
-        help="texts followed side by side at temperature 0 (default: 1, greedy)",
+        "--beam-size", type=_whole(1), metavar="N",
+        help="texts followed side by side at temperature 0; 1 is greedy (default: 5, with --mic 1)",
     )  # fmt: skip
     group.add_argument(
         "--patience", type=_number(0.01, 100.0), default=1.0, metavar="X",
@@ -861,7 +863,7 @@ def _run_transcribe(arguments: argparse.Namespace) -> int:
     try:
         with _bar("Transcribing") as progress:
             transcribe_files(
-                recognizer, names, output, outcome, _options(arguments),
+                recognizer, names, output, outcome, _options(arguments, recognizer),
                 batch_size=arguments.batch_size, vad=arguments.vad, progress=progress,
                 condition_on_previous_text=arguments.condition_on_previous_text,
             )  # fmt: skip
@@ -879,9 +881,10 @@ def _run_transcribe(arguments: argparse.Namespace) -> int:
     return SOME_FAILED
 
 
-def _options(arguments: argparse.Namespace) -> Options:
+def _options(arguments: argparse.Namespace, recognizer: Recognizer) -> Options:
     from usmlite.models import Options
 
+    beams = 1 if arguments.mic or not recognizer.adapter.searches else _BEAMS
     first, step = arguments.temperature, arguments.temperature_increment_on_fallback
     temperatures = [first]
     while step is not None and temperatures[-1] + step <= 1.0 + 1e-6:
@@ -890,7 +893,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         word_timestamps=arguments.word_timestamps or arguments.highlight_words,
         language=arguments.language,
         task=arguments.task,
-        beam_size=arguments.beam_size,
+        beam_size=arguments.beam_size or beams,
         patience=arguments.patience,
         length_penalty=arguments.length_penalty,
         best_of=arguments.best_of,
@@ -914,7 +917,11 @@ def _run_microphone(arguments: argparse.Namespace, output: Output) -> int:
     # What comes as text is shown as it comes; all other formats need the whole.
     live = LiveText() if output.folder is not None or output.formats == ("txt",) else None
     found = transcribe_live(
-        recognizer, microphone, _options(arguments), live or (lambda update: None), every=arguments.mic_every
+        recognizer,
+        microphone,
+        _options(arguments, recognizer),
+        live or (lambda update: None),
+        every=arguments.mic_every,
     )
     if live is not None:
         live.close()

@@ -179,6 +179,11 @@ class Adapter(ABC):
         return None
 
     @property
+    def searches(self) -> bool:
+        """Whether texts grow token by token, so that beams, temperatures and prompts mean something."""
+        return False
+
+    @property
     def tells_languages(self) -> bool:
         """Whether the model can be asked which language it hears."""
         return False

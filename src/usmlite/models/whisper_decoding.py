@@ -80,6 +80,11 @@ class WhisperDecoding(Adapter):
         return None if self.is_multilingual else "en"
 
     @property
+    def searches(self) -> bool:
+        """See `Adapter.searches`."""
+        return True
+
+    @property
     def tells_languages(self) -> bool:
         """A multilingual model does."""
         return self.is_multilingual
