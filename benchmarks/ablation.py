@@ -27,7 +27,7 @@ from usmlite.data import load_corpus
 from usmlite.evaluate import describe_machine, describe_versions
 from usmlite.grid import expand
 from usmlite.load import load
-from usmlite.models import IGNORED, Teacher, TimedText, load_teacher
+from usmlite.models import IGNORED, Options, Teacher, TimedText, load_teacher
 from usmlite.sweep import sweep
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +50,7 @@ def batches_of(teacher: Teacher, corpus: Path) -> list[dict[str, torch.Tensor]]:
             audio = load_audio(utterance.audio)[:WINDOW_SAMPLES]
             row[: len(audio)] = torch.from_numpy(audio)
         features = teacher.adapter.features(samples)
-        decoded = teacher.adapter.decode(teacher.model, features, language="en")
+        decoded = teacher.adapter.decode(teacher.model, features, Options(timestamps=False, language="en"))
         texts = [[TimedText(0.0, WINDOW_SECONDS, out.text)] for out in decoded]
         ids, labels = teacher.adapter.targets(texts, timestamps=[False] * len(texts), language="en")
         batches.append({"input_features": features, "decoder_input_ids": ids, "labels": labels})

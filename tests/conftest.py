@@ -1,14 +1,18 @@
-"""What all tests share: no network, no chatter, small audio and one small packed model."""
+"""What all tests share: no network, no chatter, small audio, some speech and one small packed model."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from usmlite.runtime import Recognizer
 
 # Before anything imports Transformers: a test that reaches for the hub must fail at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -70,3 +74,21 @@ def dense_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     teacher.save_pretrained(directory)
     adapter.save_processor(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def sentences() -> list[tuple[np.ndarray, str]]:
+    """Four sentences of synthetic speech: float32 samples at 16 kHz, and what is said."""
+    import soundfile
+
+    folder = Path(__file__).parent / "speech"
+    rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [(soundfile.read(folder / row["audio_filepath"], dtype="float32")[0], row["text"]) for row in rows]
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Recognizer:
+    """The model that comes along."""
+    import usmlite
+
+    return usmlite.load()

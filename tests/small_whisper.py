@@ -35,6 +35,16 @@ def small_teacher(seed: int = 0, **changes: int) -> tuple[WhisperForConditionalG
     return model, WhisperAdapter(config, tokenizer)
 
 
+def lively(seed: int, **changes: int) -> tuple[torch.nn.Module, torch.Tensor]:
+    """A model with weights large enough that it does not say one thing over and over, and what it hears."""
+    model, _ = small_teacher(seed, **changes)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.model.decoder.parameters():
+        if parameter.ndim > 1:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    return model, torch.randn(5, 1500, 24, generator=generator) * 2
+
+
 def small_student(
     spec: CompressionSpec | None = None,
     *,

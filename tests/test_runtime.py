@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 
 from small_whisper import small_teacher
 from usmlite.errors import AudioError, ModelError
-from usmlite.models import Decoded, WhisperAdapter
+from usmlite.models import Decoded, Options, WhisperAdapter, Word
+from usmlite.models.adapter import WITHOUT_TIMES
 from usmlite.runtime import Recognizer, Segment, Transcript
+from usmlite.vad import Stretch
 
 
 def noise(seconds: float, level: float = 0.1) -> np.ndarray:
@@ -23,6 +26,9 @@ def noise(seconds: float, level: float = 0.1) -> np.ndarray:
 class Scripted(WhisperAdapter):
     """Says what it is told to, window by window, and notes what it was asked."""
 
+    temperature = 0.0
+    words: tuple[Word, ...] | None = None
+
     def script(
         self, *windows: Sequence[object], no_speech: float = 0.0, mean_logprob: float = -0.2
     ) -> Scripted:
@@ -31,14 +37,20 @@ class Scripted(WhisperAdapter):
         self.no_speech_probability, self.mean_logprob = no_speech, mean_logprob
         self.asked: list[tuple[int, bool, str | None]] = []
         self.heard: list[float] = []
+        self.told: list[str] = []
+        self.options: list[Options] = []
         return self
 
     def features(self, samples: torch.Tensor) -> torch.Tensor:
         self.heard += [float((row != 0).sum()) / 16_000 for row in samples]
         return samples
 
-    def decode(self, model: object, features: torch.Tensor, **options: Any) -> list[Decoded]:
-        self.asked.append((len(features), options["timestamps"], options["language"]))
+    def decode(
+        self, model: object, features: torch.Tensor, options: Options = WITHOUT_TIMES, **others: Any
+    ) -> list[Decoded]:
+        self.asked.append((len(features), options.timestamps, options.language))
+        self.told += others["previous"]
+        self.options.append(options)
         found = []
         for _ in features:
             tokens: list[int] = []
@@ -49,8 +61,8 @@ class Scripted(WhisperAdapter):
                     tokens += self.encode_text(f" {item}")
             row = self.no_speech_probability, self.mean_logprob
             text = self.decode_text(tokens)
-            segments = self.segments(tokens)[0]
-            found.append(Decoded(tuple(tokens), text, segments, "en", *row))
+            segments = tuple(replace(each, words=self.words) for each in self.segments(tokens)[0])
+            found.append(Decoded(tuple(tokens), text, segments, "en", *row, temperature=self.temperature))
         return found
 
 
@@ -127,6 +139,87 @@ def test_short_audio_without_timestamps_is_one_piece_and_long_audio_is_not() -> 
     texts = recognizer.transcribe_batch([noise(30), noise(31)])
     assert texts == ["short", "long end"]
     assert adapter.asked == [(1, False, "en"), (1, True, "en"), (1, True, "en")]
+
+
+def test_word_error_rates_are_measured_greedily() -> None:
+    recognizer, adapter = scripted(["short"])
+    recognizer.transcribe_batch([noise(3)])
+    (options,) = adapter.options
+    assert (options.beam_size, options.temperatures, options.word_timestamps) == (1, (0.0,), False)
+    assert (options.initial_prompt, options.hotwords, adapter.told) == (None, None, [""])
+
+
+def test_options_are_given_by_name_too() -> None:
+    recognizer, adapter = scripted(["a"], ["b"])
+    recognizer.transcribe(noise(3), Options(beam_size=3), timestamps=False, hotwords="Anna")
+    assert adapter.options[0] == Options(beam_size=3, timestamps=False, hotwords="Anna", language="en")
+    with pytest.raises(TypeError, match="beamsize"):
+        recognizer.transcribe(noise(3), beamsize=5)
+
+
+def test_windows_are_told_what_was_said_if_that_is_asked_for() -> None:
+    windows = [0.0, "one", 12.0, 12.0, "cut"], [0.0, "two", 18.0, 18.0, "cut"], [0.0, "three", 5.0]
+    recognizer, adapter = scripted(*windows)
+    recognizer.transcribe(noise(36), condition_on_previous_text=True)
+    assert adapter.told == ["", "one", "one two"]
+    recognizer, adapter = scripted(*windows)
+    recognizer.transcribe(noise(36))
+    assert adapter.told == ["", "", ""]
+
+
+def test_a_wild_text_is_not_told_on() -> None:
+    recognizer, adapter = scripted([0.0, "one", 12.0, 12.0, "cut"], [0.0, "two", 18.0])
+    adapter.temperature = 0.8
+    recognizer.transcribe(noise(30), condition_on_previous_text=True)
+    assert adapter.told == ["", ""]
+
+
+def test_words_have_times_of_the_recording() -> None:
+    recognizer, adapter = scripted([0.0, "one", 12.0, 12.0, "cut"], [0.0, "two", 5.0])
+    adapter.words = (Word(" x", 1.0, 2.0, 0.5), Word(" y", 29.0, 31.0, 0.25))
+    found = recognizer.transcribe(noise(30))
+    assert found.segments[1].words == (Word(" x", 13.0, 14.0, 0.5), Word(" y", 30.0, 30.0, 0.25))
+
+
+def test_each_recording_is_there_as_soon_as_it_is_finished(tmp_path: Path) -> None:
+    recognizer, adapter = scripted([0.0, "a1", 30.0], [0.0, "b", 5.0], [0.0, "a2", 10.0], [0.0, "d", 5.0])
+    (tmp_path / "bad.wav").write_bytes(b"this is no audio")
+    seen: list[float] = []
+    audio = [noise(40), noise(10), tmp_path / "bad.wav", noise(5)]
+    each = recognizer.transcribe_each(audio, batch_size=2, progress=seen.append)
+    index, found = next(each)
+    assert (index, found.text if isinstance(found, Transcript) else None) == (1, "b")
+    assert len(adapter.heard) == 2
+    rest = dict(each)
+    assert isinstance(rest[2], AudioError)
+    assert [rest[n].text for n in (0, 3) if isinstance(rest[n], Transcript)] == ["a1 a2", "d"]
+    assert seen == sorted(seen)
+    assert seen[-1] == 1.0
+
+
+def test_speech_is_heard_side_by_side_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 25 s of speech, 25 s of silence, 6 s and, after a second, 5 s of speech.
+    stretches = [Stretch(0, 400_000), Stretch(800_000, 896_000), Stretch(912_000, 992_000)]
+    monkeypatch.setattr("usmlite.runtime.speech", lambda samples: stretches)
+    recognizer, adapter = scripted([0.0, "one", 25.0], [1.0, "two", 6.0, 6.0, "three", 11.0])
+    seen: list[float] = []
+    found = recognizer.transcribe(noise(70), vad=True, progress=seen.append)
+    assert adapter.heard == pytest.approx([25.0, 11.0], abs=0.01)
+    assert [batch for batch, _, _ in adapter.asked] == [2]
+    assert found.segments == (
+        Segment(0.0, 25.0, "one"), Segment(51.0, 56.0, "two"), Segment(57.0, 62.0, "three"),
+    )  # fmt: skip
+    assert found.duration == 70.0
+    assert seen == [1.0]
+    with pytest.raises(ValueError, match="side by side"):
+        recognizer.transcribe(noise(3), vad=True, condition_on_previous_text=True)
+
+
+def test_a_recording_without_speech_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("usmlite.runtime.speech", lambda samples: [])
+    recognizer, adapter = scripted()
+    assert recognizer.transcribe([noise(3), noise(4)], vad=True)[1] == Transcript("", (), 4.0, "en")
+    assert adapter.asked == []
 
 
 def test_progress_runs_to_the_end() -> None:

@@ -34,12 +34,13 @@ if TYPE_CHECKING:
     )
     from usmlite.evaluate import Comparison, Evaluation, compare, evaluate
     from usmlite.load import load
-    from usmlite.models import Teacher, load_teacher
+    from usmlite.models import Options, Teacher, Word, load_teacher
     from usmlite.movement import attach
     from usmlite.push import push
     from usmlite.recipe import Recipe, build_recipe, load_recipe
     from usmlite.runtime import Recognizer, Segment, Transcript
     from usmlite.spec import NM, CompressionSpec, Int, LayerSpec, Rule
+    from usmlite.streaming import Update
     from usmlite.student import StudentOptions, make_student
 
 __version__ = "0.1.0"
@@ -54,6 +55,7 @@ __all__ = [
     "Int",
     "LayerSpec",
     "ModelError",
+    "Options",
     "OutputError",
     "PackedModelError",
     "Recipe",
@@ -66,8 +68,10 @@ __all__ = [
     "Teacher",
     "TrainingError",
     "Transcript",
+    "Update",
     "UsmliteError",
     "Utterance",
+    "Word",
     "attach",
     "build_recipe",
     "compare",
@@ -92,11 +96,12 @@ _HOME = {
     "evaluate": ("Comparison", "Evaluation", "compare", "evaluate"),
     "load": ("load",),
     "movement": ("attach",),
-    "models": ("Teacher", "load_teacher"),
+    "models": ("Options", "Teacher", "Word", "load_teacher"),
     "push": ("push",),
     "recipe": ("Recipe", "build_recipe", "load_recipe"),
     "runtime": ("Recognizer", "Segment", "Transcript"),
     "spec": ("NM", "CompressionSpec", "Int", "LayerSpec", "Rule"),
+    "streaming": ("Update",),
     "student": ("StudentOptions", "make_student"),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

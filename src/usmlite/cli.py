@@ -9,32 +9,35 @@ import argparse
 import difflib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from usmlite.errors import AudioError, OutputError, RecipeError, UsmliteError
+from usmlite.errors import OutputError, RecipeError, UsmliteError
 from usmlite.recipe import Key, Recipe, build_recipe, keys, load_recipe
 from usmlite.shipped import DEFAULT
 
 if TYPE_CHECKING:
-    import numpy as np
     from rich.console import Console
 
     from usmlite.data import Utterance
     from usmlite.evaluate import Evaluation
+    from usmlite.models import Options
     from usmlite.report import Report
-    from usmlite.runtime import Recognizer, Transcript
+    from usmlite.runtime import Recognizer
+    from usmlite.transcription import Output
 
 INTERRUPTED = 130  # as shells report a program ended by Ctrl-C
 BROKEN_PIPE = 141  # and by SIGPIPE
+SOME_FAILED = 1
 HOLDS = ("float32", "int8", "packed")
 ACTIVATIONS = ("int8", "float32")
-FORMATS = ("txt", "json", "srt", "vtt")
+FORMATS = ("txt", "json", "srt", "vtt", "tsv")
 REPORTS = ("html", "md", "json", "latex")
 
-_BATCH_SECONDS = 3600.0  # audio held at once while several files are transcribed
+_BEAMS = 5  # as openai/whisper's command line; docs/transcription.md says what they do
 _SECTIONS = {
     "model": "where to start",
     "data": "speech to train on, choose on and report on",
@@ -99,16 +102,19 @@ examples:
 """
 
 TRANSCRIBE_EPILOG = """\
-Audio may have any length, rate and number of channels: WAV, FLAC, OGG, Opus or MP3. A file that cannot be
-read does not stop the others; it is named at the end, and the exit code is then 2.
+Audio may have any length, rate and number of channels: WAV, FLAC, OGG, Opus or MP3. Of a folder all audio in
+it is taken. A file that cannot be read does not stop the others; it is named at the end, and the exit code is
+then 1. Ctrl-C leaves the transcripts that are finished.
 
 Without MODEL, tiny.en-small transcribes: English, a tenth of the bytes of tiny.en, inside usmlite itself.
 
 examples:
   usmlite transcribe interview.wav
-  usmlite transcribe small/packed interview.wav
-  usmlite transcribe small/packed *.mp3 --format all --output-dir transcripts/
+  usmlite transcribe small/packed interview.wav --word-timestamps --format json
+  usmlite transcribe small/packed recordings/ --format all --output-dir transcripts/
+  usmlite transcribe lecture.mp3 --vad --beam-size 5 --hotwords Tintoretto
   usmlite transcribe base rede.flac --language de --task translate --format vtt
+  usmlite transcribe --mic
 """
 
 SWEEP_EPILOG = """\
@@ -325,11 +331,11 @@ def _add_transcribe(commands: Any) -> None:
         "source", nargs="?", metavar="MODEL",
         help=f"dense, student checkpoint or packed model (default: {DEFAULT})",
     )  # fmt: skip
-    parser.add_argument("files", nargs="+", metavar="FILE", help="audio")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="audio, or folders of it")
     parser.add_argument("--model", help="the same as MODEL")
     parser.add_argument(
         "--format", choices=(*FORMATS, "all"), default="txt",
-        help="plain text, JSON with times, or subtitles (default: txt)",
+        help="plain text, JSON with times, subtitles, or times and text in columns (default: txt)",
     )  # fmt: skip
     parser.add_argument(
         "--output-dir", type=Path, metavar="DIR", help="one file for each recording, instead of the console"
@@ -342,9 +348,90 @@ def _add_transcribe(commands: Any) -> None:
         help="translate goes into English, with multilingual models (default: transcribe)",
     )  # fmt: skip
     parser.add_argument(
-        "--batch-size", type=_whole(1), default=8, metavar="N", help="files decoded side by side (default: 8)"
+        "--word-timestamps",
+        action="store_true",
+        help="time and probability of every word, in JSON and WebVTT",
     )
+    parser.add_argument(
+        "--highlight-words", action="store_true",
+        help="underline each word in SRT and WebVTT while it is spoken",
+    )  # fmt: skip
+    parser.add_argument(
+        "--vad", action="store_true",
+        help="hear only where somebody speaks, stretches of one recording side by side "
+        '(pip install "usmlite[vad]")',
+    )  # fmt: skip
+    parser.add_argument(
+        "--batch-size", type=_whole(1), default=8, metavar="N",
+        help="recordings, or with --vad stretches of them, decoded side by side (default: 8)",
+    )  # fmt: skip
+    _add_search(parser)
+    group = parser.add_argument_group("microphone")
+    group.add_argument(
+        "--mic", action="store_true",
+        help='write down what is said now, until Ctrl-C (pip install "usmlite[mic]")',
+    )  # fmt: skip
+    group.add_argument(
+        "--mic-device", metavar="NAME", help="number or part of the name (default: the system's)"
+    )
+    group.add_argument(
+        "--mic-every", type=_number(0.2, 10.0), default=1.0, metavar="S",
+        help="seconds after which the text is made again (default: 1)",
+    )  # fmt: skip
     _add_hold(parser)
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    """What of `Options` says how texts are searched for; names and defaults as openai/whisper's."""
+    group = parser.add_argument_group("search (Whisper)")
+    group.add_argument(
+        "--beam-size", type=_whole(1), metavar="N",
+        help="texts followed side by side at temperature 0; 1 is greedy (default: 5, with --mic 1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--patience", type=_number(0.01, 100.0), default=1.0, metavar="X",
+        help="how many times the beam size of finished texts to wait for (default: 1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--length-penalty", type=_number(0.0, 1.0), metavar="X",
+        help="rank finished texts by Wu et al.'s penalty (default: by mean log probability)",
+    )  # fmt: skip
+    group.add_argument(
+        "--best-of",
+        type=_whole(1),
+        default=5,
+        metavar="N",
+        help="texts drawn above temperature 0 (default: 5)",
+    )
+    group.add_argument(
+        "--temperature", type=_number(0.0, 10.0), default=0.0, metavar="T",
+        help="0 searches, more draws at random (default: 0)",
+    )  # fmt: skip
+    group.add_argument(
+        "--temperature-increment-on-fallback", type=_number(0.01, 10.0, none=True), default=0.2, metavar="X",
+        help="try again at higher temperatures, up to 1, where a text fails the checks below; none: never "
+        "(default: 0.2)",
+    )  # fmt: skip
+    group.add_argument(
+        "--compression-ratio-threshold", type=_number(0.0, 100.0, none=True), default=2.4, metavar="X",
+        help="a text that zlib shrinks more than this repeats itself (default: 2.4)",
+    )  # fmt: skip
+    group.add_argument(
+        "--logprob-threshold", type=_number(-100.0, 0.0, none=True), default=-1.0, metavar="X",
+        help="a text of a lower mean log probability is not trusted (default: -1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--no-speech-threshold", type=_number(0.0, 1.0, none=True), default=0.6, metavar="P",
+        help="silence, if the model says so with more than this and does not trust its text (default: 0.6)",
+    )  # fmt: skip
+    group.add_argument(
+        "--initial-prompt", metavar="TEXT", help="text that stands before: names, spelling, style"
+    )
+    group.add_argument("--hotwords", metavar="TEXT", help="words to expect")
+    group.add_argument(
+        "--condition-on-previous-text", action="store_true",
+        help="tell each window of 30 seconds what was said before it; mistakes may carry on",
+    )  # fmt: skip
 
 
 def _add_info(commands: Any) -> None:
@@ -473,6 +560,22 @@ def _whole(lowest: int) -> Callable[[str], int]:
     return convert
 
 
+def _number(lowest: float, highest: float, *, none: bool = False) -> Callable[[str], float | None]:
+    def convert(text: str) -> float | None:
+        if none and text.lower() == "none":
+            return None
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not lowest <= value <= highest:
+            expected = f"a number from {lowest:g} to {highest:g}" + (", or none" if none else "")
+            raise argparse.ArgumentTypeError(f"expected {expected}, found {text!r}")
+        return value
+
+    return convert
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line.
 
@@ -480,7 +583,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; those of the process if None.
 
     Returns:
-        The exit code: 0, 2 after an error that the user can mend, 130 after Ctrl-C.
+        The exit code: 0, 1 where some of several recordings could not be read, 2 after an error that the
+        user can mend, 130 after Ctrl-C.
     """
     command = ""
     try:
@@ -519,12 +623,13 @@ def _sort_out(arguments: argparse.Namespace, rest: list[str]) -> list[str]:
     # A word after a flag: argparse gave all it had to the words before.
     words += [word for word in rest if not word.startswith("-")]
     arguments.source = arguments.model or DEFAULT
-    if arguments.model is None and not _is_recording(words[0]):
+    if words and arguments.model is None and not _is_recording(words[0]):
         arguments.source, *words = words
-    if not words:
+    if bool(words) == arguments.mic:
         raise UsmliteError(
-            "no audio file is named", where="usmlite transcribe", expected="[MODEL] FILE...",
-            found=f"only {arguments.source}",
+            "a file and the microphone are named" if words else "no audio file is named",
+            where="usmlite transcribe", expected="[MODEL] FILE..., or [MODEL] --mic",
+            found=words[0] if words else f"only {arguments.source}",
         )  # fmt: skip
     arguments.files = [Path(word) for word in words]
     return [word for word in rest if word.startswith("-")]
@@ -534,6 +639,10 @@ def _is_recording(word: str) -> bool:
     from usmlite.audio import SUFFIXES
 
     path = Path(word)
+    if path.is_dir():
+        # Whatever a model's directory is made by, it has one of these.
+        marks = ("config.json", "recipe.toml", "model.bin", "student.safetensors")
+        return not any((path / mark).is_file() for mark in marks)
     # Models are directories or names; a name may have a dot too (tiny.en), but not these endings.
     return path.is_file() or path.suffix.lower() in SUFFIXES
 
@@ -765,110 +874,92 @@ def _print_speakers(found: Evaluation, console: Console) -> None:
 
 def _run_transcribe(arguments: argparse.Namespace) -> int:
     formats = FORMATS if arguments.format == "all" else (arguments.format,)
-    targets = _targets(arguments, formats)
+    if arguments.format == "all" and arguments.output_dir is None:
+        raise UsmliteError("several formats need files", where="--format all", remedy="Add --output-dir DIR.")
+    if arguments.vad and (arguments.condition_on_previous_text or arguments.mic):
+        other = "--mic" if arguments.mic else "--condition-on-previous-text"
+        raise UsmliteError("contradicts --vad", where=other, remedy="Leave one of them out.")
     _quiet_libraries()
+    from usmlite.transcription import Output, recordings
+
+    names = recordings(arguments.files)
+    output = Output(formats, arguments.output_dir, arguments.highlight_words, len(names) > 1)
+    output.prepare(names)
+    if arguments.mic:
+        return _run_microphone(arguments, output)
     from usmlite.load import load
+    from usmlite.transcription import Outcome, transcribe_files
 
     recognizer = load(arguments.source, hold=arguments.hold, activations=arguments.activations)
-    several = len(arguments.files) > 1
-    bad: list[UsmliteError] = []
-    with _bar("Transcribing") as progress:
-        total = len(arguments.files)
-        done = 0
-        for group in _readable(arguments.files, arguments.batch_size, bad):
-
-            def tell(share: float, low: int = done, count: int = len(group)) -> None:
-                progress((low + share * count) / total)
-
-            transcripts = _transcribed(recognizer, [samples for _, samples in group], arguments, tell)
-            for (path, _), transcript in zip(group, transcripts, strict=True):
-                _deliver(transcript, path, formats, targets.get(path), several=several)
-            done += len(group)
-    for problem in bad:
-        _complain(f"error: {problem}")
-    if bad and several:
-        _complain(f"error: {len(bad)} of {len(arguments.files)} files could not be transcribed")
-    return UsmliteError.exit_code if bad else 0
-
-
-def _targets(arguments: argparse.Namespace, formats: Sequence[str]) -> dict[Path, Path]:
-    """Recording to output file without its ending; empty for the console."""
-    folder: Path | None = arguments.output_dir
-    if folder is None:
-        if arguments.format == "all":
-            raise UsmliteError(
-                "several formats need files", where="--format all", remedy="Add --output-dir DIR."
-            )
-        return {}
-    targets: dict[Path, Path] = {}
-    for path in dict.fromkeys(arguments.files):
-        target = folder / path.name.removesuffix(path.suffix)
-        other = next((name for name, taken in targets.items() if taken == target), None)
-        if other is not None:
-            raise OutputError(
-                "two recordings would share one transcript", where=f"{target}.{formats[0]}",
-                found=f"{other} and {path}", remedy="Rename one, or give them different directories.",
-            )  # fmt: skip
-        targets[path] = target
+    outcome = Outcome()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError("cannot make the directory", where=folder, found=error.strerror) from None
-    return targets
+        with _bar("Transcribing") as progress:
+            transcribe_files(
+                recognizer, names, output, outcome, _options(arguments, recognizer),
+                batch_size=arguments.batch_size, vad=arguments.vad, progress=progress,
+                condition_on_previous_text=arguments.condition_on_previous_text,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        _complain(f"{outcome.written} of {len(names)} transcripts are finished")
+        raise
+    finally:
+        for problem in outcome.bad:
+            _complain(f"error: {problem}")
+    if not outcome.bad:
+        return 0
+    if len(names) == 1:
+        return UsmliteError.exit_code
+    _complain(f"error: {len(outcome.bad)} of {len(names)} files could not be transcribed")
+    return SOME_FAILED
 
 
-def _readable(
-    files: Sequence[Path], count: int, bad: list[UsmliteError]
-) -> Iterator[list[tuple[Path, np.ndarray]]]:
-    """Groups of at most `count` recordings that could be read; the others' errors go into `bad`."""
-    from usmlite.audio import SAMPLE_RATE, load_audio
+def _options(arguments: argparse.Namespace, recognizer: Recognizer) -> Options:
+    from usmlite.models import Options
 
-    group: list[tuple[Path, np.ndarray]] = []
-    held = 0.0
-    for path in files:
-        try:
-            samples = load_audio(path)
-        except AudioError as error:
-            bad.append(error)
-            continue
-        group.append((path, samples))
-        held += len(samples) / SAMPLE_RATE
-        if len(group) == count or held > _BATCH_SECONDS:
-            yield group
-            group, held = [], 0.0
-    if group:
-        yield group
-
-
-def _transcribed(
-    recognizer: Recognizer,
-    audio: list[np.ndarray],
-    arguments: argparse.Namespace,
-    tell: Callable[[float], None],
-) -> list[Transcript]:
-    return recognizer.transcribe(
-        audio,
+    beams = 1 if arguments.mic or not recognizer.adapter.searches else _BEAMS
+    first, step = arguments.temperature, arguments.temperature_increment_on_fallback
+    temperatures = [first]
+    while step is not None and temperatures[-1] + step <= 1.0 + 1e-6:
+        temperatures.append(round(temperatures[-1] + step, 6))
+    return Options(
+        word_timestamps=arguments.word_timestamps or arguments.highlight_words,
         language=arguments.language,
         task=arguments.task,
-        batch_size=arguments.batch_size,
-        progress=tell,
+        beam_size=arguments.beam_size or beams,
+        patience=arguments.patience,
+        length_penalty=arguments.length_penalty,
+        best_of=arguments.best_of,
+        temperatures=tuple(temperatures),
+        compression_ratio_threshold=arguments.compression_ratio_threshold,
+        logprob_threshold=arguments.logprob_threshold,
+        no_speech_threshold=arguments.no_speech_threshold,
+        initial_prompt=arguments.initial_prompt,
+        hotwords=arguments.hotwords,
     )
 
 
-def _deliver(
-    transcript: Transcript, path: Path, formats: Sequence[str], target: Path | None, *, several: bool
-) -> None:
-    from usmlite import formats as writers
-    from usmlite.atomic import write_bytes
+def _run_microphone(arguments: argparse.Namespace, output: Output) -> int:
+    from usmlite.load import load
+    from usmlite.microphone import Microphone
+    from usmlite.transcription import LiveText, transcribe_live
 
-    for name in formats:
-        text = writers.FORMATS[name](transcript)
-        if target is not None:
-            write_bytes(f"{target}.{name}", text.encode())
-        elif several:
-            print(f"==> {path} <==\n{text}", flush=True)
-        else:
-            print(text, end="", flush=True)
+    microphone = Microphone(arguments.mic_device)
+    recognizer = load(arguments.source, hold=arguments.hold, activations=arguments.activations)
+    _complain("listening; Ctrl-C ends")
+    # What comes as text is shown as it comes; all other formats need the whole.
+    live = LiveText() if output.folder is not None or output.formats == ("txt",) else None
+    found = transcribe_live(
+        recognizer,
+        microphone,
+        _options(arguments, recognizer),
+        live or (lambda update: None),
+        every=arguments.mic_every,
+    )
+    if live is not None:
+        live.close()
+    if output.folder is not None or live is None:
+        output.deliver(found, "microphone", Path(time.strftime("microphone-%Y%m%d-%H%M%S")))
+    return 0
 
 
 def _run_info(arguments: argparse.Namespace) -> int:

@@ -46,7 +46,7 @@ from usmlite.load import (
     student_options,
 )
 from usmlite.mixture import learn_allocation
-from usmlite.models import Adapter, Teacher, TimedText, load_teacher
+from usmlite.models import Adapter, Options, Teacher, TimedText, load_teacher
 from usmlite.pack import pack
 from usmlite.packed import arithmetic
 from usmlite.recipe import Recipe, load_recipe, recipe_to_dict, recipe_to_toml
@@ -590,7 +590,7 @@ def _calibration_batches(recipe: Recipe, teacher: Teacher, speech: Speech) -> It
             texts = [row[1] for row in rows]
         else:
             heard = [row[: round(end * SAMPLE_RATE)] for row, end in zip(samples, seconds, strict=True)]
-            decoded = adapter.transcribe(teacher.model, heard, language=language)
+            decoded = adapter.transcribe(teacher.model, heard, Options(timestamps=False, language=language))
             texts = [[TimedText(0.0, WINDOW_SECONDS, out.text)] for out in decoded]
         for first in range(0, len(rows), _CALIBRATION_BATCH):
             part = slice(first, first + _CALIBRATION_BATCH)

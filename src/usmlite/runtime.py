@@ -2,22 +2,23 @@
 
 Long audio is read through 30-second windows. Each one is decoded with timestamps, and the next one
 begins where the last complete segment ended (the seek rule of openai/whisper `transcribe.py`), so that
-no word is cut in two. Windows of several files are decoded together.
+no word is cut in two. Windows of several files are decoded together; with voice activity detection, windows
+of one file too.
 
-Unlike openai/whisper, a window does not see the text before it: files can then be batched, and a mistake
-does not carry on into the next window.
+Unlike openai/whisper, a window does not see the text before it unless that is asked for: files can then be
+batched, and a mistake does not carry on into the next window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeAlias, overload
+from typing import Any, TypeAlias, overload
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from usmlite.audio import (
     SAMPLE_RATE,
@@ -28,25 +29,35 @@ from usmlite.audio import (
     load_audio,
 )
 from usmlite.errors import AudioError
-from usmlite.models import Adapter, Decoded
-
-NO_SPEECH = 0.6
-"""A window is silence where the model gives no speech more than this probability ..."""
-NO_SPEECH_LOGPROB = -1.0
-"""... unless its tokens have a higher mean log probability than this (openai/whisper's thresholds)."""
+from usmlite.models import Adapter, Decoded, Options, TimedText, Word
+from usmlite.models.fallback import is_silence
+from usmlite.streaming import Update, agreeing
+from usmlite.vad import Pack, packs, speech
 
 _SHORTEST = 0.1  # seconds; a rest shorter than this holds no word
+_HELD_SECONDS = 3600.0  # of audio open at once, if it is more than one recording
+# Above this temperature a text is too wild to be told to the next window (openai/whisper).
+_MOST_REPEATED_TEMPERATURE = 0.5
 
 Audio: TypeAlias = str | Path | np.ndarray
+DEFAULTS = Options()
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a transcript: times in seconds from the start of the audio, and the text."""
+    """A piece of a transcript.
+
+    Attributes:
+        start: seconds from the start of the audio.
+        end: seconds from the start of the audio.
+        text: what is said.
+        words: of it, with times from the start of the audio; None where nobody asked for them.
+    """
 
     start: float
     end: float
     text: str
+    words: tuple[Word, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,18 +78,31 @@ class Transcript:
 
 
 @dataclass
-class _Recording:
-    """One recording on its way through the windows."""
+class _Part:
+    """A recording on its way through the windows, or as much of it as is heard in one go.
 
-    index: int
+    Attributes:
+        recording: its number.
+        samples: float32 `[samples]`.
+        timestamps: whether it is decoded with them.
+        language: code; None as long as it is a question.
+        pack: where its speech was in the recording; None for all of it.
+        position: samples that are done.
+        segments: so far.
+        said: what the next window is told was said before it.
+    """
+
+    recording: int
     samples: np.ndarray
     timestamps: bool
     language: str | None
-    position: int = 0  # samples
+    pack: Pack | None = None
+    position: int = 0
     segments: list[Segment] = field(default_factory=list)
+    said: str = ""
 
     @property
-    def duration(self) -> float:
+    def seconds(self) -> float:
         return len(self.samples) / SAMPLE_RATE
 
     def done(self, shortest: float) -> bool:
@@ -88,6 +112,59 @@ class _Recording:
 
     def window(self) -> np.ndarray:
         return self.samples[self.position : self.position + WINDOW_SAMPLES]
+
+    def take(self, decoded: Decoded, options: Options, *, conditioned: bool) -> None:
+        """Keeps what was decoded from the window, and goes on to the next one."""
+        offset = self.position / SAMPLE_RATE
+        span = min(WINDOW_SECONDS, self.seconds - offset)
+        self.language = self.language or decoded.language
+        advance: float | None = None
+        if not is_silence(decoded.no_speech, decoded.mean_logprob, options):
+            advance = decoded.advance
+            self.segments += [self._placed(piece, offset, span) for piece in decoded.segments]
+            if conditioned and decoded.temperature <= _MOST_REPEATED_TEMPERATURE:
+                self.said = " ".join([self.said, *(piece.text for piece in decoded.segments)]).strip()
+            elif conditioned:
+                self.said = ""
+        self.position += WINDOW_SAMPLES if advance is None else round(advance * SAMPLE_RATE)
+
+    def _placed(self, piece: TimedText, offset: float, span: float) -> Segment:
+        start, end = (offset + min(seconds, span) for seconds in (piece.start, piece.end))
+        if self.pack is not None:
+            start, end = self.pack.original(start), self.pack.original(end, ends=True)
+        words = piece.words
+        if words:
+            words = tuple(self._placed_word(word, offset, span) for word in words)
+            # Without the silence between the stretches, which a word cannot contain.
+            if self.pack is not None:
+                start, end = words[0].start, words[-1].end
+        return Segment(round(start, 3), round(end, 3), piece.text, words)
+
+    def _placed_word(self, word: Word, offset: float, span: float) -> Word:
+        start, end = (offset + min(seconds, span) for seconds in (word.start, word.end))
+        if self.pack is not None:
+            start, end = self.pack.within(start, end)
+        return replace(word, start=round(start, 3), end=round(end, 3))
+
+
+@dataclass
+class _Recording:
+    """An open recording: its parts, and how many of them are left."""
+
+    duration: float
+    parts: list[_Part]
+    left: int
+
+    def transcript(self) -> Transcript:
+        segments = tuple(segment for part in self.parts for segment in part.segments)
+        language = next((part.language for part in self.parts if part.language), "en")
+        return Transcript(" ".join(s.text for s in segments), segments, self.duration, language)
+
+    def progress(self) -> float:
+        """Seconds of the recording that are done."""
+        total = sum(part.seconds for part in self.parts)
+        done = sum(min(part.position / SAMPLE_RATE, part.seconds) for part in self.parts)
+        return self.duration * done / total if total else self.duration
 
 
 class Recognizer:
@@ -114,83 +191,184 @@ class Recognizer:
         return f"Recognizer({self.name!r}, kind={self.kind!r}, weights_bytes={self.weights_bytes})"
 
     @overload
-    def transcribe(  # type: ignore[overload-overlap]  # a str is a sequence of str, alas
+    def transcribe(
         self,
         audio: Audio,
+        options: Options = ...,
         *,
-        timestamps: bool = ...,
-        language: str | None = ...,
-        task: str = ...,
         batch_size: int = ...,
+        vad: bool = ...,
+        condition_on_previous_text: bool = ...,
         progress: Callable[[float], None] | None = ...,
+        **changes: Any,
     ) -> Transcript: ...
 
     @overload
     def transcribe(
         self,
         audio: Sequence[Audio],
+        options: Options = ...,
         *,
-        timestamps: bool = ...,
-        language: str | None = ...,
-        task: str = ...,
         batch_size: int = ...,
+        vad: bool = ...,
+        condition_on_previous_text: bool = ...,
         progress: Callable[[float], None] | None = ...,
+        **changes: Any,
     ) -> list[Transcript]: ...
 
     def transcribe(
-        self,
-        audio: Audio | Sequence[Audio],
-        *,
-        timestamps: bool = True,
-        language: str | None = None,
-        task: str = "transcribe",
-        batch_size: int = 8,
-        progress: Callable[[float], None] | None = None,
+        self, audio: Audio | Sequence[Audio], options: Options = DEFAULTS, **settings: Any
     ) -> Transcript | list[Transcript]:
         """Transcribes one recording or several, of any length.
 
         Args:
             audio: a file, or float32 mono samples at 16 kHz in -1 to 1, or a sequence of these.
-            timestamps: whether segments with times are wanted. Without them, audio of up to 30 s is
-                decoded in one piece, as one segment; longer audio needs them to find its way.
-            language: code or English name; None lets a multilingual model find out from the first window
-                of each recording.
-            task: "transcribe", or "translate" into English (multilingual models).
-            batch_size: how many recordings are decoded side by side.
-            progress: called with the fraction of the audio that is done, 0 to 1.
+            options: what is asked for, and how texts are searched for. Without timestamps, audio of up to
+                30 s is decoded in one piece, as one segment; longer audio needs them to find its way.
+            **settings: those of `transcribe_each`, and single options by their names: `beam_size=5`.
 
         Returns:
             One transcript, or a list of them in the order of `audio`.
 
         Raises:
             AudioError: a file or an array cannot be used.
-            ModelError: the model does not know the language or the task.
+            ModelError: the model does not know the language or the task, or cannot do what is asked.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         single = isinstance(audio, (str, Path, np.ndarray))
         items: list[Audio] = [audio] if isinstance(audio, (str, Path, np.ndarray)) else list(audio)
-        # Recordings of one language are decoded together: a language that is no question is not asked.
-        language = self.adapter.language_code(language or self.adapter.only_language)
         finished: dict[int, Transcript] = {}
-        tracker = _Progress(items, progress)
-        waiting = enumerate(items)
-        active: list[_Recording] = []
-        while True:
-            room = batch_size - len(active)
-            active += _fill(waiting, room, timestamps, language, self.adapter.shortest)
-            if not active:
-                break
-            for recording in self._advance(active, task):
-                active.remove(recording)
-                finished[recording.index] = _transcript(recording)
-                tracker.finish(recording.index)
-            tracker.report({recording.index: recording.position / SAMPLE_RATE for recording in active})
+        for index, result in self.transcribe_each(items, options, **settings):
+            if isinstance(result, AudioError):
+                raise result
+            finished[index] = result
         transcripts = [finished[index] for index in range(len(items))]
         return transcripts[0] if single else transcripts
 
+    def transcribe_each(
+        self,
+        audio: Sequence[Audio],
+        options: Options = DEFAULTS,
+        *,
+        batch_size: int = 8,
+        vad: bool = False,
+        condition_on_previous_text: bool = False,
+        progress: Callable[[float], None] | None = None,
+        **changes: Any,
+    ) -> Iterator[tuple[int, Transcript | AudioError]]:
+        """Transcribes recordings side by side; each is there as soon as it is finished.
+
+        Args:
+            audio: files, or float32 mono samples at 16 kHz in -1 to 1. Files are opened in their turn.
+            options: what is asked for, and how texts are searched for.
+            batch_size: how many windows are decoded side by side.
+            vad: hear only where somebody speaks, found by silero-vad (extra `vad`), stretches of one
+                recording side by side. Silence then costs nothing, and no text is made up for it.
+            condition_on_previous_text: tell each window what was said in the ones before it. Spelling is
+                steadier; mistakes may carry on.
+            progress: called with the fraction of the audio that is done, 0 to 1.
+            **changes: single options by their names.
+
+        Yields:
+            The number of a recording, and its transcript or why there is none.
+
+        Raises:
+            ModelError: the model does not know the language or the task, or cannot do what is asked; or
+                silero-vad is missing.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if vad and condition_on_previous_text:
+            raise ValueError("with vad, stretches are heard side by side: nothing was said before them")
+        options = replace(options, **changes)
+        # Recordings of one language are decoded together: a language that is no question is not asked.
+        language = self.adapter.language_code(options.language or self.adapter.only_language)
+        options = replace(options, language=language)
+        tracker = _Progress(audio, progress)
+        waiting = self._opened(audio, options, vad=vad)
+        recordings: dict[int, _Recording] = {}
+        active: list[_Part] = []
+        queue: list[_Part] = []
+        more = True
+        while True:
+            while more and len(active) + len(queue) < batch_size and _held(recordings) < _HELD_SECONDS:
+                index, opened = next(waiting, (-1, None))
+                if opened is None:
+                    more = False
+                elif isinstance(opened, AudioError) or not opened.parts:
+                    tracker.finish(index)
+                    yield index, opened if isinstance(opened, AudioError) else opened.transcript()
+                else:
+                    recordings[index] = opened
+                    queue += opened.parts
+            while queue and len(active) < batch_size:
+                active.append(queue.pop(0))
+            if not active:
+                return
+            for part in self._advance(active, options, conditioned=condition_on_previous_text):
+                active.remove(part)
+                recordings[part.recording].left -= 1
+                if not recordings[part.recording].left:
+                    tracker.finish(part.recording)
+                    yield part.recording, recordings.pop(part.recording).transcript()
+            tracker.report(recordings)
+
+    def stream(
+        self,
+        chunks: Iterable[np.ndarray],
+        options: Options = DEFAULTS,
+        *,
+        every: float = 1.0,
+        condition_on_previous_text: bool = False,
+        **changes: Any,
+    ) -> Iterator[Update]:
+        """Transcribes audio while it arrives.
+
+        Args:
+            chunks: float32 mono samples at 16 kHz in -1 to 1, of any lengths, as they come.
+            options: what is asked for, and how texts are searched for.
+            every: seconds of new audio after which the text is made again.
+            condition_on_previous_text: tell the model what was said before the audio that it hears again.
+            **changes: single options by their names.
+
+        Yields:
+            What has become final since the last update, and what is likely to follow (see `Update`).
+
+        Raises:
+            ModelError: the model does not know the language or the task, or cannot do what is asked.
+        """
+        options = replace(options, **changes)
+        language = self.adapter.language_code(options.language or self.adapter.only_language)
+        options = replace(options, language=language, timestamps=True, word_timestamps=True)
+
+        def hear(samples: np.ndarray, said: str) -> Sequence[TimedText]:
+            part = _Part(0, samples, timestamps=True, language=language)
+            part.said = said if condition_on_previous_text else ""
+            (found,) = self._decode([part], options)
+            if is_silence(found.no_speech, found.mean_logprob, options):
+                return ()
+            return found.segments
+
+        return agreeing(hear, chunks, every=every, shortest=self.adapter.shortest)
+
+    def languages_heard(self, audio: Audio) -> dict[str, float]:
+        """The probability of every language that the model knows, from the first 30 seconds.
+
+        Args:
+            audio: a file, or float32 mono samples at 16 kHz in -1 to 1.
+
+        Returns:
+            Language code to probability, likeliest first.
+
+        Raises:
+            AudioError: the file or the array cannot be used.
+            ModelError: the model does not tell languages.
+        """
+        return self.adapter.languages_heard(self.model, [self._tensor(_samples(0, audio)[:WINDOW_SAMPLES])])[
+            0
+        ]
+
     def transcribe_batch(self, audios: Sequence[np.ndarray]) -> list[str]:
-        """Texts of recordings, the way word error rates are measured.
+        """Texts of recordings, the way word error rates are measured: greedily, once.
 
         Audio of up to 30 s is decoded in one piece without timestamps, longer audio window by window.
 
@@ -200,57 +378,29 @@ class Recognizer:
         Returns:
             One text for each of them, on one line.
         """
-        transcripts = self.transcribe(list(audios), timestamps=False, batch_size=max(1, len(audios)))
+        greedy = Options(timestamps=False, beam_size=1, temperatures=(0.0,))
+        transcripts = self.transcribe(list(audios), greedy, batch_size=max(1, len(audios)))
         return [transcript.text for transcript in transcripts]
 
-    def _advance(self, active: Sequence[_Recording], task: str) -> list[_Recording]:
-        """Decodes one window of every active recording; returns those that are done."""
-        groups: dict[tuple[bool, str | None], list[_Recording]] = {}
-        for recording in active:
-            groups.setdefault((recording.timestamps, recording.language), []).append(recording)
-        for (timestamps, language), group in groups.items():
-            device = next(self.model.parameters()).device
-            decoded = self.adapter.transcribe(
-                self.model,
-                [torch.tensor(recording.window(), device=device) for recording in group],
-                timestamps=timestamps,
-                language=language,
-                task=task,
-            )
-            for recording, result in zip(group, decoded, strict=True):
-                self._take(recording, result)
-        shortest = max(_SHORTEST, self.adapter.shortest)
-        return [recording for recording in active if recording.done(shortest)]
+    def _tensor(self, samples: np.ndarray) -> Tensor:
+        return torch.tensor(samples, device=next(self.model.parameters()).device)
 
-    def _take(self, recording: _Recording, decoded: Decoded) -> None:
-        offset = recording.position / SAMPLE_RATE
-        span = min(WINDOW_SECONDS, recording.duration - offset)
-        recording.language = recording.language or decoded.language
-        advance: float | None = None
-        if not (decoded.no_speech > NO_SPEECH and decoded.mean_logprob <= NO_SPEECH_LOGPROB):
-            advance = decoded.advance
-            for piece in decoded.segments:
-                start, end = min(piece.start, span), min(piece.end, span)
-                recording.segments.append(
-                    Segment(round(offset + start, 3), round(offset + end, 3), piece.text)
-                )
-        recording.position += WINDOW_SAMPLES if advance is None else round(advance * SAMPLE_RATE)
+    def _opened(
+        self, audio: Sequence[Audio], options: Options, *, vad: bool
+    ) -> Iterator[tuple[int, _Recording | AudioError]]:
+        """Opens recordings one after the other."""
+        for index, item in enumerate(audio):
+            try:
+                samples = _samples(index, item)
+                self._check_length(samples, index, item)
+            except AudioError as error:
+                yield index, error
+                continue
+            parts = self._packed(index, samples, options) if vad else [self._part(index, samples, options)]
+            yield index, _Recording(len(samples) / SAMPLE_RATE, parts, len(parts))
 
-
-def _fill(
-    waiting: Iterator[tuple[int, Audio]],
-    room: int,
-    timestamps: bool,
-    language: str | None,
-    shortest: float,
-) -> Iterator[_Recording]:
-    """Opens the next recordings, no more than are decoded side by side: files are not all in memory."""
-    for _ in range(room):
-        item = next(waiting, None)
-        if item is None:
-            return
-        index, audio = item
-        samples = _samples(index, audio)
+    def _check_length(self, samples: np.ndarray, index: int, audio: Audio) -> None:
+        shortest = self.adapter.shortest
         if len(samples) < shortest * SAMPLE_RATE:
             raise AudioError(
                 "the audio is shorter than one frame of the model",
@@ -258,7 +408,44 @@ def _fill(
                 expected=f"at least {shortest:.3f} s",
                 found=f"{len(samples) / SAMPLE_RATE:.3f} s",
             )
-        yield _Recording(index, samples, timestamps or len(samples) > WINDOW_SAMPLES, language)
+
+    def _part(self, index: int, samples: np.ndarray, options: Options, pack: Pack | None = None) -> _Part:
+        timed = options.timestamps or len(samples) > WINDOW_SAMPLES
+        return _Part(index, samples, timed, options.language, pack)
+
+    def _packed(self, index: int, samples: np.ndarray, options: Options) -> list[_Part]:
+        found = [pack for pack in packs(speech(samples)) if pack.seconds >= self.adapter.shortest]
+        parts = [self._part(index, pack.samples(samples), options, pack) for pack in found]
+        if parts and options.language is None and self.adapter.tells_languages:
+            # One language for all, as if they were heard one after the other.
+            heard = self.adapter.languages_heard(self.model, [self._tensor(parts[0].samples)])[0]
+            for part in parts:
+                part.language = next(iter(heard))
+        return parts
+
+    def _advance(self, active: Sequence[_Part], options: Options, *, conditioned: bool) -> list[_Part]:
+        """Decodes one window of every active part; returns those that are done."""
+        groups: dict[tuple[bool, str | None], list[_Part]] = {}
+        for part in active:
+            groups.setdefault((part.timestamps, part.language), []).append(part)
+        for group in groups.values():
+            for part, decoded in zip(group, self._decode(group, options), strict=True):
+                part.take(decoded, options, conditioned=conditioned)
+        shortest = max(_SHORTEST, self.adapter.shortest)
+        return [part for part in active if part.done(shortest)]
+
+    def _decode(self, parts: Sequence[_Part], options: Options) -> list[Decoded]:
+        """The next window of parts that are alike in language and timestamps."""
+        return self.adapter.transcribe(
+            self.model,
+            [self._tensor(part.window()) for part in parts],
+            replace(options, timestamps=parts[0].timestamps, language=parts[0].language),
+            previous=[part.said for part in parts],
+        )
+
+
+def _held(recordings: dict[int, _Recording]) -> float:
+    return sum(recording.duration for recording in recordings.values())
 
 
 def _samples(index: int, audio: Audio) -> np.ndarray:
@@ -268,31 +455,30 @@ def _samples(index: int, audio: Audio) -> np.ndarray:
     return audio.astype(np.float32, copy=False)
 
 
-def _transcript(recording: _Recording) -> Transcript:
-    text = " ".join(segment.text for segment in recording.segments)
-    return Transcript(text, tuple(recording.segments), recording.duration, recording.language or "en")
-
-
 class _Progress:
     """Counts finished audio; files are asked for their length only if somebody listens."""
 
     def __init__(self, items: Sequence[Audio], callback: Callable[[float], None] | None) -> None:
         self._callback = callback
-        self._seconds: list[float] = []
         self._finished = 0.0
-        if callback is not None:
-            self._seconds = [
-                len(item) / SAMPLE_RATE if isinstance(item, np.ndarray) else audio_seconds(item)
-                for item in items
-            ]
+        self._seconds = [] if callback is None else [_seconds(item) for item in items]
 
     def finish(self, index: int) -> None:
         if self._callback is not None:
             self._finished += self._seconds[index]
 
-    def report(self, positions: dict[int, float]) -> None:
+    def report(self, recordings: dict[int, _Recording]) -> None:
         if self._callback is None:
             return
-        running = sum(min(position, self._seconds[index]) for index, position in positions.items())
+        running = sum(min(each.progress(), self._seconds[index]) for index, each in recordings.items())
         total = sum(self._seconds)
         self._callback(min(1.0, (self._finished + running) / total) if total else 1.0)
+
+
+def _seconds(item: Audio) -> float:
+    if isinstance(item, np.ndarray):
+        return len(item) / SAMPLE_RATE
+    try:
+        return audio_seconds(item)
+    except AudioError:
+        return 0.0  # it is complained of when it is its turn

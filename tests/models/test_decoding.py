@@ -5,18 +5,10 @@ import random
 import pytest
 import torch
 
-from small_whisper import small_student, small_teacher
-from usmlite.models.decoding import TIMESTAMPS, DecodingOptions, Row, _Chooser, decode_greedily
-
-
-def lively(seed: int, **changes: int) -> tuple[torch.nn.Module, torch.Tensor]:
-    """A model with weights large enough that it does not say one thing over and over, and what it hears."""
-    model, _ = small_teacher(seed, **changes)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.model.decoder.parameters():
-        if parameter.ndim > 1:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
-    return model, torch.randn(5, 1500, 24, generator=generator) * 2
+from openai_search import openai_rules
+from small_whisper import lively, small_student, small_teacher
+from usmlite.models import Options
+from usmlite.models.decoding import TIMESTAMPS, Chooser, DecodingOptions, Prompt, Row, decode_greedily
 
 
 def heard(model: torch.nn.Module, ids: torch.Tensor, encoded: torch.Tensor) -> torch.Tensor:
@@ -63,7 +55,7 @@ def test_a_batch_with_a_cache_says_what_each_row_says_alone(seed: int) -> None:
         end=end, timestamp_begin=None, no_timestamps=263, no_speech=262, suppress=(7,),
         suppress_first=(free[0][0],), max_new_tokens=75,
     )  # fmt: skip
-    rows = decode_greedily(model, encoded, [263], options, start=257)
+    rows = decode_greedily(model, encoded, Prompt(257, [263]), options)
     with torch.inference_mode():
         expected = [without_cache(model, row, [257, 263], options) for row in encoded]
     assert [row.tokens for row in rows] == [tokens for tokens, _ in expected]
@@ -75,14 +67,14 @@ def test_a_batch_with_a_cache_says_what_each_row_says_alone(seed: int) -> None:
 def test_the_text_never_outgrows_the_model() -> None:
     model, encoded = lively(0, max_target_positions=12)
     options = DecodingOptions(end=0, timestamp_begin=None, no_timestamps=263, no_speech=262, suppress=(0,))
-    rows = decode_greedily(model, encoded, [263], options, start=257)
+    rows = decode_greedily(model, encoded, Prompt(257, [263]), options)
     assert {len(row.tokens) for row in rows} == {10}
 
 
 def test_no_speech_is_read_off_the_first_token() -> None:
     model, encoded = lively(1)
     options = DecodingOptions(end=0, timestamp_begin=None, no_timestamps=263, no_speech=262, max_new_tokens=1)
-    rows = decode_greedily(model, encoded, [263], options, start=257)
+    rows = decode_greedily(model, encoded, Prompt(257, [263]), options)
     with torch.inference_mode():
         start = torch.full((5, 1), 257)
         hidden = heard(model, start, encoded)
@@ -96,9 +88,8 @@ def test_the_language_is_found_for_each_row() -> None:
         end=0, timestamp_begin=None, no_timestamps=263, no_speech=None, max_new_tokens=6
     )
     languages = (40, 90, 150, 200)
-    rows = decode_greedily(
-        model, encoded, lambda found: [found, 260, 263], options, start=257, languages=languages
-    )
+    prompt = Prompt(257, lambda found: [found, 260, 263], languages)
+    rows = decode_greedily(model, encoded, prompt, options)
     with torch.inference_mode():
         start = torch.full((5, 1), 257)
         hidden = heard(model, start, encoded)
@@ -120,7 +111,7 @@ def test_a_student_with_replaced_layers_decodes(subtests: pytest.Subtests) -> No
         assert len(adapter.decode(student, features, max_new_tokens=8)) == 2
     with subtests.test("bfloat16"):
         model, other = small_teacher()
-        assert len(other.decode(model.bfloat16(), features, timestamps=True, max_new_tokens=8)) == 2
+        assert len(other.decode(model.bfloat16(), features, Options(), max_new_tokens=8)) == 2
     with subtests.test("the same as its own forward pass"), torch.inference_mode():
         ids = torch.tensor([[adapter.start, adapter.no_timestamps]]).expand(2, -1)
         logits = student(input_features=features, decoder_input_ids=ids).logits[:, -1]
@@ -130,36 +121,6 @@ def test_a_student_with_replaced_layers_decodes(subtests: pytest.Subtests) -> No
         ] = -torch.inf
         first = [result.tokens[0] if result.tokens else adapter.end for result in plain]
         assert first == logits.argmax(dim=-1).tolist()
-
-
-# The rules of openai/whisper decoding.py, ApplyTimestampRules, written as it writes them.
-
-
-def openai_rules(logits: torch.Tensor, tokens: list[int], options: DecodingOptions) -> torch.Tensor:
-    begin, end = options.timestamp_begin or 0, options.end
-    logits = logits.clone()
-    logits[list(options.suppress)] = -torch.inf
-    if not tokens:
-        logits[list(options.suppress_first)] = -torch.inf
-    logits[options.no_timestamps] = -torch.inf
-    last_was_timestamp = len(tokens) >= 1 and tokens[-1] >= begin
-    penultimate_was_timestamp = len(tokens) < 2 or tokens[-2] >= begin
-    if last_was_timestamp:
-        if penultimate_was_timestamp:
-            logits[begin:] = -torch.inf
-        else:
-            logits[:end] = -torch.inf
-    timestamps = [token for token in tokens if token >= begin]
-    if timestamps:
-        together = last_was_timestamp and not penultimate_was_timestamp
-        logits[begin : timestamps[-1] + (0 if together else 1)] = -torch.inf
-    if not tokens:
-        logits[:begin] = -torch.inf
-        logits[begin + round(options.max_initial_timestamp / 0.02) + 1 :] = -torch.inf
-    logprobs = logits.log_softmax(dim=0)
-    if logprobs[begin:].logsumexp(dim=0) > logprobs[:begin].max():
-        logits[:begin] = -torch.inf
-    return logits
 
 
 OPTIONS = DecodingOptions(
@@ -175,7 +136,7 @@ HISTORIES = [
 @pytest.mark.parametrize("histories", [[[]] * 9, HISTORIES])
 def test_timestamps_follow_the_rules_of_openai(lean: float, histories: list[list[int]]) -> None:
     generator = torch.Generator().manual_seed(int(lean) + 7)
-    choose = _Chooser(OPTIONS, torch.device("cpu"))
+    choose = Chooser(OPTIONS, torch.device("cpu"))
     for _ in range(20):
         logits = torch.randn(len(histories), 70 + TIMESTAMPS, generator=generator)
         logits[:, 70:] += lean - 3
@@ -195,7 +156,7 @@ def test_timestamps_in_a_whole_text_come_in_rising_pairs() -> None:
         end=256, timestamp_begin=264, no_timestamps=263, no_speech=262,
         suppress=tuple(generator.sample(range(256), 20)),
     )  # fmt: skip
-    for row in decode_greedily(model, encoded, [], options, start=257):
+    for row in decode_greedily(model, encoded, Prompt(257, []), options):
         times = [token - 264 for token in row.tokens if token >= 264]
         assert row.tokens[0] >= 264
         assert times == sorted(times)

@@ -11,7 +11,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from small_whisper import SPECIAL, logits, small_teacher
 from usmlite.audio import log_mel
 from usmlite.errors import ModelError
-from usmlite.models import TimedText, WhisperAdapter
+from usmlite.models import Options, TimedText, WhisperAdapter
 from usmlite.models.whisper import ENCODER_POSITIONS, IGNORED
 
 
@@ -189,9 +189,9 @@ def test_languages_and_tasks_that_the_model_does_not_know(
     model, _ = small_teacher()
     features = torch.zeros(1, 8, 3000)
     with pytest.raises(ModelError, match="translate"):
-        english.decode(model, features, task="translate")
+        english.decode(model, features, Options(task="translate"))
     with pytest.raises(ModelError, match="transcribe or translate"):
-        multilingual.decode(model, features, task="sing")
+        multilingual.decode(model, features, Options(task="sing"))
 
 
 def test_decoding_without_timestamps_gives_one_segment() -> None:

@@ -4,9 +4,10 @@
 with the adapter of its family.
 """
 
-from usmlite.models.adapter import Adapter, Attention, Decoded, TimedText
+from usmlite.models.adapter import Adapter, Attention, Decoded, TimedText, Word
 from usmlite.models.ctc import CTCAdapter, CTCLayout
 from usmlite.models.families import adapter_class, prepare, read_configuration, register, skeleton
+from usmlite.models.options import Options
 from usmlite.models.sources import Teacher, load_teacher
 from usmlite.models.whisper import WhisperAdapter
 
@@ -16,9 +17,11 @@ __all__ = [
     "CTCAdapter",
     "CTCLayout",
     "Decoded",
+    "Options",
     "Teacher",
     "TimedText",
     "WhisperAdapter",
+    "Word",
     "adapter_class",
     "load_teacher",
     "prepare",

@@ -12,7 +12,28 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from usmlite.errors import ModelError
+from usmlite.models.options import Options
 from usmlite.network import SEQUENCE_TO_SEQUENCE, Network
+
+WITHOUT_TIMES = Options(timestamps=False)
+"""A window's text, greedily."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """One word with its place in the audio.
+
+    Attributes:
+        word: as it stands in the text, with the space before it and the punctuation beside it.
+        start: seconds from the beginning.
+        end: seconds from the beginning.
+        probability: that the model gave it, the mean over its tokens, 0 to 1.
+    """
+
+    word: str
+    start: float
+    end: float
+    probability: float
 
 
 @dataclass(frozen=True)
@@ -23,11 +44,13 @@ class TimedText:
         start: seconds from the window's beginning.
         end: seconds from the window's beginning.
         text: what is said, without surrounding space.
+        words: of it, with times from the window's beginning; None where nobody asked for them.
     """
 
     start: float
     end: float
     text: str
+    words: tuple[Word, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +66,7 @@ class Decoded:
         mean_logprob: the mean log probability (natural) of the emitted tokens and the end token.
         advance: where the next window should begin, in seconds from the start of this one; None where this
             window is used up. What lies beyond it is in no segment.
+        temperature: at which the text was found, see `Options`.
     """
 
     tokens: tuple[int, ...]
@@ -52,6 +76,7 @@ class Decoded:
     no_speech: float
     mean_logprob: float
     advance: float | None = None
+    temperature: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -153,6 +178,16 @@ class Adapter(ABC):
         """The language of all speech; None where that is a question, or not known."""
         return None
 
+    @property
+    def searches(self) -> bool:
+        """Whether texts grow token by token, so that beams, temperatures and prompts mean something."""
+        return False
+
+    @property
+    def tells_languages(self) -> bool:
+        """Whether the model can be asked which language it hears."""
+        return False
+
     @abstractmethod
     def hear(self, samples: Tensor, seconds: Sequence[float]) -> dict[str, Tensor]:
         """Inputs of the network, on the samples' device.
@@ -215,26 +250,44 @@ class Adapter(ABC):
         self,
         model: nn.Module,
         audio: Sequence[Tensor],
+        options: Options = WITHOUT_TIMES,
         *,
-        timestamps: bool = False,
-        language: str | None = None,
-        task: str = "transcribe",
+        previous: Sequence[str] = (),
     ) -> list[Decoded]:
-        """Transcribes windows greedily, side by side.
+        """Transcribes windows, side by side.
 
         Args:
             model: in eval mode; its layers may be replaced.
             audio: float32 `[samples]` each, at 16 kHz, at most 30 s, on the model's device.
-            timestamps: whether segments with times are wanted.
-            language: code or name; None where it is not known.
-            task: "transcribe", or what else the family can do.
+            options: what is asked for, and how texts are searched for.
+            previous: for each window, what was said before it; empty where nobody knows.
 
         Returns:
             One result for each window, in order.
 
         Raises:
-            ModelError: the model does not know the language or the task.
+            ModelError: the model does not know the language or the task, or cannot do what is asked.
         """
+
+    def languages_heard(self, model: nn.Module, audio: Sequence[Tensor]) -> list[dict[str, float]]:
+        """The probability of every language that the model knows, likeliest first.
+
+        Args:
+            model: in eval mode; its layers may be replaced.
+            audio: float32 `[samples]` each, at 16 kHz, at most 30 s, on the model's device.
+
+        Returns:
+            Language code to probability, for each window.
+
+        Raises:
+            ModelError: the family does not tell languages.
+        """
+        if self.only_language is not None:
+            return [{self.only_language: 1.0} for _ in audio]
+        raise ModelError(
+            "the model does not tell languages", where=self.family,
+            remedy="Name the language, or choose a multilingual Whisper model.",
+        )  # fmt: skip
 
     # Weights
 

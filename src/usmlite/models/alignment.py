@@ -110,8 +110,8 @@ def words_of(emitted: Sequence[Emitted], tokenizer: Any) -> list[Piece]:
     ]
 
 
-def cut_at_pauses(words: Sequence[Piece]) -> list[Piece]:
-    """Words to pieces of speech, each up to the next pause."""
+def cut_at_pauses(words: Sequence[Piece]) -> list[list[Piece]]:
+    """Words in pieces of speech, each up to the next pause."""
     pieces: list[list[Piece]] = []
     for word in words:
         together = pieces and (
@@ -121,15 +121,17 @@ def cut_at_pauses(words: Sequence[Piece]) -> list[Piece]:
             pieces[-1].append(word)
         else:
             pieces.append([word])
-    return [
-        Piece(
-            tuple(label for word in piece for label in word.labels),
-            piece[0].start,
-            piece[-1].end,
-            sum(word.logprob for word in piece) / len(piece),
-        )
-        for piece in pieces
-    ]
+    return pieces
+
+
+def joined(words: Sequence[Piece]) -> Piece:
+    """Words, at least one, as one piece."""
+    return Piece(
+        tuple(label for word in words for label in word.labels),
+        words[0].start,
+        words[-1].end,
+        sum(word.logprob for word in words) / len(words),
+    )
 
 
 def pause_to_go_on_from(words: Sequence[Piece], seconds: float) -> float | None:

@@ -6,6 +6,7 @@ compressed, and what becomes of the others, is said in docs/adding-a-model.md.
 
 from __future__ import annotations
 
+import math
 import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
@@ -27,14 +28,25 @@ from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 from usmlite.audio import MIN_SECONDS, SAMPLE_RATE
 from usmlite.errors import AudioError, ModelError
 from usmlite.models.adapter import (
+    WITHOUT_TIMES,
     Adapter,
     Decoded,
     TimedText,
+    Word,
     check_expected,
     read_processor,
     unknown_task,
 )
-from usmlite.models.alignment import Emitted, collapse, cut_at_pauses, pause_to_go_on_from, words_of
+from usmlite.models.alignment import (
+    Emitted,
+    Piece,
+    collapse,
+    cut_at_pauses,
+    joined,
+    pause_to_go_on_from,
+    words_of,
+)
+from usmlite.models.options import Options
 from usmlite.network import IGNORED, FrameNetwork, labels_needed
 
 _SAME_AS = {"’": "'", "‘": "'", "ʼ": "'", "`": "'", "–": "-", "—": "-"}  # noqa: RUF001
@@ -320,14 +332,12 @@ class CTCAdapter(Adapter):
         self,
         model: nn.Module,
         audio: Sequence[Tensor],
+        options: Options = WITHOUT_TIMES,
         *,
-        timestamps: bool = False,
-        language: str | None = None,
-        task: str = "transcribe",
+        previous: Sequence[str] = (),
     ) -> list[Decoded]:
         """The likeliest label of each frame, repeats and blanks left out; see `Adapter.transcribe`."""
-        if task != "transcribe":
-            raise unknown_task(task, ("transcribe",), self._where, "Choose a Whisper model for that.")
+        self._check_options(options, previous)
         batch = self._inputs(audio)
         dtype = next(model.parameters()).dtype
         batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
@@ -341,33 +351,55 @@ class CTCAdapter(Adapter):
                 collapse(labels.tolist(), logprobs.tolist(), self.blank, len(samples) / SAMPLE_RATE),
                 float(logprobs.mean()),
                 len(samples) / SAMPLE_RATE,
-                language,
-                timestamps,
+                options,
             )
             for samples, labels, logprobs in rows
         ]
 
+    def _check_options(self, options: Options, previous: Sequence[str]) -> None:
+        if options.task != "transcribe":
+            raise unknown_task(options.task, ("transcribe",), self._where, "Choose a Whisper model for that.")
+        asked = {
+            "a beam size": options.beam_size > 1,
+            "an initial prompt": bool(options.initial_prompt),
+            "hotwords": bool(options.hotwords),
+            "the text before": any(previous),
+        }
+        for what, given in asked.items():
+            if given:
+                raise ModelError(
+                    f"a CTC model has no use for {what}", where=self._where,
+                    remedy="Leave that out, or choose a Whisper model.",
+                )  # fmt: skip
+
     def _decoded(
-        self,
-        emitted: Sequence[Emitted],
-        mean_logprob: float,
-        seconds: float,
-        language: str | None,
-        timestamps: bool,
+        self, emitted: Sequence[Emitted], mean_logprob: float, seconds: float, options: Options
     ) -> Decoded:
         advance: float | None = None
-        if timestamps:
-            words = words_of(emitted, self.tokenizer)
+        words = words_of(emitted, self.tokenizer) if options.timestamps or options.word_timestamps else []
+        if options.timestamps:
             advance = pause_to_go_on_from(words, seconds)
             emitted = [each for each in emitted if advance is None or each.start < advance]
-            pieces = cut_at_pauses([word for word in words if advance is None or word.start < advance])
-            timed = [(piece.start, piece.end, self.decode_text(piece.labels)) for piece in pieces]
+            groups = cut_at_pauses([word for word in words if advance is None or word.start < advance])
+            timed = [self._timed(joined(group), group, options) for group in groups]
         else:
-            timed = [(0.0, seconds, self.decode_text([each.label for each in emitted]))]
+            whole = Piece(tuple(each.label for each in emitted), 0.0, seconds, mean_logprob)
+            timed = [self._timed(whole, words, options)]
         labels = tuple(each.label for each in emitted)
-        segments = tuple(TimedText(start, end, text) for start, end, text in timed if text)
+        segments = tuple(segment for segment in timed if segment.text)
         text = " ".join(segment.text for segment in segments)
-        return Decoded(labels, text, segments, language or "und", 0.0, mean_logprob, advance)
+        return Decoded(labels, text, segments, options.language or "und", 0.0, mean_logprob, advance)
+
+    def _timed(self, piece: Piece, words: Sequence[Piece], options: Options) -> TimedText:
+        found: tuple[Word, ...] | None = None
+        if options.word_timestamps:
+            texts = ((self.decode_text(word.labels), word) for word in words)
+            found = tuple(
+                Word(f" {text}", round(word.start, 3), round(word.end, 3), round(math.exp(word.logprob), 4))
+                for text, word in texts
+                if text
+            )
+        return TimedText(piece.start, piece.end, self.decode_text(piece.labels), found)
 
     # Weights
 

@@ -1,4 +1,4 @@
-"""Greedy decoding of Whisper: tokens out of features, in batches, with a key-value cache.
+"""Decoding of Whisper: tokens out of features, in batches, with a key-value cache; greedily here.
 
 The rules are those of openai/whisper `decoding.py` (suppressed tokens, `ApplyTimestampRules`, the
 probability of no speech, the mean log probability). The loop calls the decoder's layers itself: one
@@ -60,6 +60,7 @@ class Row:
     logprob: float = 0.0
     no_speech: float = 0.0
     language: int | None = None
+    temperature: float = 0.0
 
     def mean_logprob(self) -> float:
         """Natural log probability per token, the end token counted (openai/whisper's average)."""
@@ -78,6 +79,7 @@ class _Decoder:
         self._decoder = model.model.decoder
         self._project = model.proj_out
         self._rows = encoded.shape[0]
+        self._beams = 1
         self.length = 0
         self._limit = int(model.config.max_target_positions)
         self._cross: list[tuple[Tensor, Tensor]] = []
@@ -95,7 +97,7 @@ class _Decoder:
 
     def step(self, tokens: Tensor) -> Tensor:
         """Appends tokens int64 `[rows, new]` to the running rows; hidden states `[rows, new, d_model]`."""
-        rows, new = tokens.shape
+        new = tokens.shape[1]
         past, self.length = self.length, self.length + new
         decoder = self._decoder
         positions = torch.arange(past, self.length, device=tokens.device)[None]
@@ -120,8 +122,7 @@ class _Decoder:
             attention = layer.encoder_attn
             normed = layer.encoder_attn_layer_norm(hidden)
             query = self._heads(attention, attention.q_proj(normed) * attention.scaling)
-            keys, values = self._cross[index]
-            hidden = hidden + attention.out_proj(self._attend(query, keys[:rows], values[:rows], None))
+            hidden = hidden + attention.out_proj(self._attend_speech(query, *self._cross[index]))
 
             normed = layer.final_layer_norm(hidden)
             hidden = hidden + layer.fc2(layer.activation_fn(layer.fc1(normed)))
@@ -135,6 +136,15 @@ class _Decoder:
     def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         attended = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=1.0)
         return attended.transpose(1, 2).flatten(2)
+
+    def _attend_speech(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        rows, heads, new, width = query.shape
+        audios = rows // self._beams
+        # The beams of one audio ask together: its keys and values are there, and read, once.
+        together = query.view(audios, self._beams, heads, new, width).transpose(1, 2).flatten(2, 3)
+        attended = scaled_dot_product_attention(together, keys[:audios], values[:audios], scale=1.0)
+        apart = attended.reshape(audios, heads, self._beams, new, width).permute(0, 2, 3, 1, 4)
+        return apart.reshape(rows, new, heads * width)
 
     def _append(self, index: int, past: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         rows, heads, new, width = keys.shape
@@ -160,59 +170,106 @@ class _Decoder:
             keys[target, :, : self.length] = keys[source, :, : self.length]
             values[target, :, : self.length] = values[source, :, : self.length]
 
+    def select(self, rows: Sequence[int]) -> None:
+        """Lets slot `i` go on from what slot `rows[i]` was told; its audio comes along.
+
+        Args:
+            rows: slots in use. Those of one audio stand side by side, equally many of each: its beams. Slots
+                may be named more than once, and rows whose slot is not named are gone.
+        """
+        heard = [row // self._beams for row in rows]
+        audios = list(dict.fromkeys(heard))
+        self._beams = len(rows) // len(audios)
+        if heard != [audio for audio in audios for _ in range(self._beams)]:
+            raise ValueError(f"rows of one audio must stand side by side, equally many of each: {rows}")
+        if audios != list(range(len(audios))):
+            self._cross = [(keys[audios], values[audios]) for keys, values in self._cross]
+        if len(rows) > self._rows:
+            self._rows = len(rows)
+            self._own = [(keys[rows], values[rows]) for keys, values in self._own]
+            return
+        changed = [slot for slot, row in enumerate(rows) if slot != row]
+        if not changed:
+            return
+        sources = [rows[slot] for slot in changed]
+        for keys, values in self._own:
+            keys[changed, :, : self.length] = keys[sources, :, : self.length]
+            values[changed, :, : self.length] = values[sources, :, : self.length]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the decoder is told before the text.
+
+    Attributes:
+        start: <|startoftranscript|>.
+        following: the tokens after it; or, if the language is to be found out, what turns the language's
+            token into them.
+        languages: the tokens of all languages, to choose from where `following` is callable.
+        previous: for each row, the tokens before `start`, equally many; empty where there are none.
+    """
+
+    start: int
+    following: Sequence[int] | Callable[[int], Sequence[int]]
+    languages: Sequence[int] = ()
+    previous: Sequence[Sequence[int]] = ()
+
+
+def begin(
+    model: nn.Module, encoded: Tensor, prompt: Prompt, options: DecodingOptions
+) -> tuple[_Decoder, list[Row], Tensor, int]:
+    """A decoder that was told the prompt.
+
+    Args:
+        model: a `WhisperForConditionalGeneration` in eval mode.
+        encoded: the encoder's output, `[batch, positions, d_model]`.
+        prompt: what to tell.
+        options: the vocabulary and the rules.
+
+    Returns:
+        The decoder; a row for each of the batch, `language` (where it was found out) and `no_speech` set; the
+        logits of the first token, float32 `[batch, vocabulary]`; and how many tokens may follow.
+    """
+    batch, device = encoded.shape[0], encoded.device
+    decoder = _Decoder(model, encoded)
+    rows = [Row(index) for index in range(batch)]
+    before = [[*previous, prompt.start] for previous in prompt.previous] or [[prompt.start]] * batch
+    place = len(before[0]) - 1
+    if callable(prompt.following):
+        first = decoder.logits(decoder.step(torch.tensor(before, device=device))[:, place])
+        found = first[:, list(prompt.languages)].argmax(dim=-1).tolist()
+        for row, choice in zip(rows, found, strict=True):
+            row.language = prompt.languages[choice]
+        following = [list(prompt.following(prompt.languages[choice])) for choice in found]
+        hidden = decoder.step(torch.tensor(following, device=device))
+    else:
+        known = list(prompt.following)
+        hidden = decoder.step(torch.tensor([tokens + known for tokens in before], device=device))
+        first = decoder.logits(hidden[:, place])
+    if options.no_speech is not None:
+        no_speech = first.softmax(dim=-1)[:, options.no_speech].tolist()
+        for row, probability in zip(rows, no_speech, strict=True):
+            row.no_speech = probability
+    room = int(model.config.max_target_positions) - decoder.length  # type: ignore[union-attr, arg-type]
+    return decoder, rows, decoder.logits(hidden[:, -1]), min(options.max_new_tokens, room)
+
 
 @torch.inference_mode()
-def decode_greedily(
-    model: nn.Module,
-    encoded: Tensor,
-    prompt: Sequence[int] | Callable[[int], Sequence[int]],
-    options: DecodingOptions,
-    *,
-    start: int,
-    languages: Sequence[int] = (),
-) -> list[Row]:
+def decode_greedily(model: nn.Module, encoded: Tensor, prompt: Prompt, options: DecodingOptions) -> list[Row]:
     """Emits the likeliest token after token for every row until all have ended.
 
     Args:
         model: a `WhisperForConditionalGeneration` in eval mode, its layers possibly replaced.
         encoded: the encoder's output, `[batch, positions, d_model]`.
-        prompt: the tokens that follow `start`; or, if the language is to be found out, what turns the
-            language's token into them.
+        prompt: what the decoder is told first.
         options: the vocabulary and the rules.
-        start: <|startoftranscript|>, the first token of every row.
-        languages: the tokens of all languages, to choose from where `prompt` is callable.
 
     Returns:
         One finished row for each row of `encoded`, in order. `language` is set where it was found out.
     """
-    device = encoded.device
-    decoder = _Decoder(model, encoded)
-    batch = encoded.shape[0]
-    finished = [Row(index) for index in range(batch)]
+    decoder, finished, logits, budget = begin(model, encoded, prompt, options)
     running = list(finished)
-    begin = torch.full((batch, 1), start, dtype=torch.int64, device=device)
-    if callable(prompt):
-        hidden = decoder.step(begin)
-        first = decoder.logits(hidden[:, 0])
-        found = first[:, list(languages)].argmax(dim=-1).tolist()
-        for row, choice in zip(running, found, strict=True):
-            row.language = languages[choice]
-        following = [prompt(languages[choice]) for choice in found]
-        hidden = decoder.step(torch.tensor(following, dtype=torch.int64, device=device))
-    else:
-        following_all = torch.tensor(list(prompt), dtype=torch.int64, device=device).expand(batch, -1)
-        hidden = decoder.step(torch.cat([begin, following_all], dim=1))
-        first = decoder.logits(hidden[:, 0])
-    if options.no_speech is not None:
-        no_speech = first.softmax(dim=-1)[:, options.no_speech].tolist()
-        for row, probability in zip(running, no_speech, strict=True):
-            row.no_speech = probability
-    del first
-
-    room = int(model.config.max_target_positions) - decoder.length  # type: ignore[union-attr, arg-type]
-    budget = min(options.max_new_tokens, room)
-    choose = _Chooser(options, device)
-    logits = decoder.logits(hidden[:, -1])
+    choose = Chooser(options, encoded.device)
     for emitted in range(budget):
         tokens, logprobs = choose(logits, running)
         chosen = tokens.tolist()
@@ -231,12 +288,12 @@ def decode_greedily(
                 running[slot], chosen[slot] = last_row, last_token
         if not running or emitted + 1 == budget:
             break
-        hidden = decoder.step(torch.tensor(chosen, dtype=torch.int64, device=device)[:, None])
+        hidden = decoder.step(torch.tensor(chosen, device=encoded.device)[:, None])
         logits = decoder.logits(hidden[:, -1])
     return finished
 
 
-class _Chooser:
+class Chooser:
     """Picks the next token of every running row under the rules of openai/whisper `decoding.py`."""
 
     def __init__(self, options: DecodingOptions, device: torch.device) -> None:
@@ -247,12 +304,34 @@ class _Chooser:
 
     def __call__(self, logits: Tensor, running: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """Tokens int64 `[rows]` and their log probabilities float32 `[rows]`; `logits` is overwritten."""
+        text, times = self._mask(logits, running)
+        if times is None:
+            best, token = logits.max(dim=-1)
+            return token, best - logits.logsumexp(dim=-1)
+        best_text, text_token = text.max(dim=-1)
+        best_time, time_token = times.max(dim=-1)
+        time_mass = times.logsumexp(dim=-1)
+        # A timestamp is due when all timestamps together are likelier than the likeliest text token.
+        due = time_mass > best_text
+        is_time = due | (best_time > best_text)
+        token = torch.where(is_time, time_token + text.shape[1], text_token)
+        mass = torch.where(due, time_mass, torch.logaddexp(text.logsumexp(dim=-1), time_mass))
+        return token, torch.where(is_time, best_time, best_text) - mass
+
+    def allow(self, logits: Tensor, running: Sequence[Row]) -> None:
+        """Sets the logits of all tokens that may not follow to minus infinity, in place."""
+        text, times = self._mask(logits, running)
+        if times is not None:
+            due = times.logsumexp(dim=-1) > text.max(dim=-1).values
+            text[due] = -torch.inf
+
+    def _mask(self, logits: Tensor, running: Sequence[Row]) -> tuple[Tensor, Tensor | None]:
+        """Applies all rules but the one about due timestamps; views of text and times, if there are any."""
         first = not running[0].tokens
         logits.index_fill_(1, self._suppress_first if first else self._suppress, -torch.inf)
         begin = self._options.timestamp_begin
         if begin is None:
-            best, token = logits.max(dim=-1)
-            return token, best - logits.logsumexp(dim=-1)
+            return logits, None
         text, times = logits[:, :begin], logits[:, begin : begin + TIMESTAMPS]
         if first:
             text.fill_(-torch.inf)
@@ -261,15 +340,7 @@ class _Chooser:
         else:
             for slot, row in enumerate(running):
                 self._restrict(text[slot], times[slot], row.tokens, begin)
-        best_text, text_token = text.max(dim=-1)
-        best_time, time_token = times.max(dim=-1)
-        time_mass = times.logsumexp(dim=-1)
-        # A timestamp is due when all timestamps together are likelier than the likeliest text token.
-        due = time_mass > best_text
-        is_time = due | (best_time > best_text)
-        token = torch.where(is_time, time_token + begin, text_token)
-        mass = torch.where(due, time_mass, torch.logaddexp(text.logsumexp(dim=-1), time_mass))
-        return token, torch.where(is_time, best_time, best_text) - mass
+        return text, times
 
     def _restrict(self, text: Tensor, times: Tensor, tokens: Sequence[int], begin: int) -> None:
         """Timestamps come in pairs, except before the end, and never go back."""

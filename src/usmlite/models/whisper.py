@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -26,29 +24,13 @@ from transformers import (
 )
 from transformers.models.whisper.configuration_whisper import NON_SPEECH_TOKENS, NON_SPEECH_TOKENS_MULTI
 from transformers.models.whisper.modeling_whisper import sinusoids
-from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
-from usmlite.audio import WINDOW_SAMPLES, WINDOW_SECONDS, log_mel
 from usmlite.errors import ModelError
-from usmlite.models.adapter import (
-    Adapter,
-    Attention,
-    Decoded,
-    TimedText,
-    check_expected,
-    read_processor,
-    unknown_task,
-)
-from usmlite.models.decoding import (
-    SECONDS_PER_TIMESTAMP,
-    TIMESTAMPS,
-    DecodingOptions,
-    Row,
-    decode_greedily,
-)
+from usmlite.models.adapter import Attention, TimedText, check_expected, read_processor
+from usmlite.models.decoding import SECONDS_PER_TIMESTAMP, TIMESTAMPS
+from usmlite.models.whisper_decoding import TASKS, WhisperDecoding
 from usmlite.network import IGNORED
 
-TASKS = ("transcribe", "translate")
 TOKENIZER_FILE = "tokenizer.json"
 
 # float16 files round the sinusoids, which lie within -1 and 1, by at most 2**-12.
@@ -60,7 +42,7 @@ _ENGLISH_VOCABULARY = 51_864  # one token fewer than the smallest multilingual v
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-class WhisperAdapter(Adapter):
+class WhisperAdapter(WhisperDecoding):
     """The family-specific half of a Whisper model: everything but the network.
 
     Args:
@@ -113,17 +95,6 @@ class WhisperAdapter(Adapter):
         self.is_multilingual = config.vocab_size > _ENGLISH_VOCABULARY
         self.generation = self._complete(generation or cast(Any, GenerationConfig)())
 
-    def _token(self, name: str) -> int:
-        number = self._backend.token_to_id(name)
-        if number is None:
-            raise ModelError(
-                "the tokenizer is not a Whisper tokenizer",
-                where=self._where,
-                expected=f"a token {name}",
-                remedy="Take tokenizer.json from the model that the weights come from.",
-            )
-        return int(number)
-
     def _complete(self, generation: GenerationConfig) -> GenerationConfig:
         """Fills in what Transformers' own `generate` needs and the source did not say."""
         suppress = NON_SPEECH_TOKENS_MULTI if self.is_multilingual else NON_SPEECH_TOKENS
@@ -149,39 +120,6 @@ class WhisperAdapter(Adapter):
                 setattr(generation, name, value)
         return generation
 
-    @cached_property
-    def languages(self) -> dict[str, int]:
-        """Language code to token id; empty for an English-only model."""
-        if not self.is_multilingual:
-            return {}
-        ids = range(self.start + 1, self._token("<|translate|>"))
-        return {str(self._backend.id_to_token(number)).strip("<|>"): number for number in ids}
-
-    @property
-    def only_language(self) -> str | None:
-        """English, for an English-only model."""
-        return None if self.is_multilingual else "en"
-
-    def language_code(self, language: str | None) -> str | None:
-        """The code of a language given by code or English name; None stays None.
-
-        Raises:
-            ModelError: the model does not know the language.
-        """
-        if language is None:
-            return None
-        code = TO_LANGUAGE_CODE.get(language.lower(), language.lower())
-        known = self.languages or {"en": self.start}
-        if code not in known:
-            raise ModelError(
-                f"the model does not know the language {language!r}",
-                where=self._where,
-                expected="one of " + ", ".join(known) if self.is_multilingual else "English",
-                remedy="Choose another language"
-                + ("." if self.is_multilingual else ", or a multilingual model such as base."),
-            )
-        return code
-
     # Features and targets
 
     def hear(self, samples: Tensor, seconds: Sequence[float]) -> dict[str, Tensor]:
@@ -198,34 +136,6 @@ class WhisperAdapter(Adapter):
     def written(self, text: str) -> str:
         """A sentence: Whisper was not trained to shout as corpora in capitals do."""
         return text.capitalize() if text.isupper() else text
-
-    def features(self, samples: Tensor) -> Tensor:
-        """Log-mel features.
-
-        Args:
-            samples: `[batch, 480000]`, 30 s at 16 kHz, zero-padded.
-
-        Returns:
-            float32 `[batch, mel bins, 3000]`, on the samples' device.
-        """
-        if samples.ndim != 2 or samples.shape[1] != WINDOW_SAMPLES:
-            raise ValueError(f"samples must be [batch, {WINDOW_SAMPLES}], got {list(samples.shape)}")
-        return log_mel(samples, self.config.num_mel_bins)
-
-    def encode_text(self, text: str) -> list[int]:
-        """Text tokens; markup that looks like a special token is taken apart, not obeyed."""
-        plain = text.replace("<|", "< |")
-        return list(self._backend.encode(plain, add_special_tokens=False).ids)
-
-    def decode_text(self, tokens: Sequence[int]) -> str:
-        """The text of tokens; special tokens and timestamps are left out."""
-        text = self._backend.decode([token for token in tokens if token < self.end])
-        return str(text).strip()
-
-    def _prefix(self, language: int | None, task: str, timestamps: bool) -> list[int]:
-        """The prompt after <|startoftranscript|>."""
-        prefix = [] if language is None else [language, self._token(f"<|{task}|>")]
-        return prefix if timestamps else [*prefix, self.no_timestamps]
 
     def targets(
         self,
@@ -314,143 +224,6 @@ class WhisperAdapter(Adapter):
         decoder.embed_positions.weight.add_(mean)
         if projection is not tokens:
             projection -= projection.mean(dim=0)
-
-    # Decoding
-
-    def transcribe(
-        self,
-        model: nn.Module,
-        audio: Sequence[Tensor],
-        *,
-        timestamps: bool = False,
-        language: str | None = None,
-        task: str = "transcribe",
-    ) -> list[Decoded]:
-        """See `Adapter.transcribe`; windows are padded with silence to 30 seconds."""
-        windows = torch.zeros(len(audio), WINDOW_SAMPLES, device=audio[0].device)
-        for row, samples in zip(windows, audio, strict=True):
-            row[: len(samples)] = samples
-        found = self.decode(
-            model, self.features(windows), timestamps=timestamps, language=language, task=task
-        )
-        if not timestamps:
-            return found
-        return [replace(each, advance=self.segments(each.tokens)[1]) for each in found]
-
-    def decode(
-        self,
-        model: nn.Module,
-        features: Tensor,
-        *,
-        timestamps: bool = False,
-        language: str | None = None,
-        task: str = "transcribe",
-        max_new_tokens: int = 224,
-    ) -> list[Decoded]:
-        """Transcribes windows greedily.
-
-        Args:
-            model: a `WhisperForConditionalGeneration` in eval mode; its layers may be replaced.
-            features: `[batch, mel bins, 3000]`, as `features` returns them.
-            timestamps: whether to decode times, under the rules of openai/whisper.
-            language: code or name; None lets a multilingual model find out for each window.
-            task: "transcribe", or "translate" into English (multilingual models).
-            max_new_tokens: the most tokens for one window.
-
-        Returns:
-            One result for each window, in order.
-
-        Raises:
-            ModelError: the model does not know the language or the task.
-        """
-        code = self.language_code(language)
-        if task not in TASKS or (task != "transcribe" and not self.is_multilingual):
-            remedy = "." if self.is_multilingual else ", or a multilingual model such as base."
-            tasks = TASKS if self.is_multilingual else TASKS[:1]
-            raise unknown_task(task, tasks, self._where, f"Choose another task{remedy}")
-        options = DecodingOptions(
-            end=self.end,
-            timestamp_begin=self.timestamp_begin if timestamps else None,
-            no_timestamps=self.no_timestamps,
-            no_speech=self.no_speech,
-            suppress=tuple(self.generation.suppress_tokens or ()),
-            suppress_first=tuple(self.generation.begin_suppress_tokens or ()),
-            max_new_tokens=max_new_tokens,
-        )
-        network = cast(Any, model)
-        encoder = network.model.encoder
-        norm = encoder.layer_norm.weight  # norms are kept as they are by every compression
-        with torch.inference_mode():
-            encoded = encoder(features.to(norm.device, norm.dtype)).last_hidden_state
-            if self.is_multilingual and code is None:
-                rows = decode_greedily(
-                    model,
-                    encoded,
-                    lambda found: self._prefix(found, task, timestamps),
-                    options,
-                    start=self.start,
-                    languages=tuple(self.languages.values()),
-                )
-            else:
-                known = self.languages.get(code or "en")
-                prompt = self._prefix(known, task, timestamps)
-                rows = decode_greedily(model, encoded, prompt, options, start=self.start)
-        codes = {number: name for name, number in self.languages.items()}
-        return [
-            self._decoded(row, timestamps, code or codes.get(row.language or self.end, "en")) for row in rows
-        ]
-
-    def _decoded(self, row: Row, timestamps: bool, language: str) -> Decoded:
-        text = self.decode_text(row.tokens)
-        if timestamps:
-            segments, _ = self.segments(row.tokens)
-        else:
-            segments = (TimedText(0.0, WINDOW_SECONDS, text),) if text else ()
-        return Decoded(tuple(row.tokens), text, segments, language, row.no_speech, row.mean_logprob())
-
-    def segments(
-        self, tokens: Sequence[int], *, min_advance: float = 1.0
-    ) -> tuple[tuple[TimedText, ...], float | None]:
-        """Cuts a window's tokens at their timestamps, as openai/whisper `transcribe.py` does.
-
-        Args:
-            tokens: what was decoded with timestamps.
-            min_advance: where the next window would begin less than this many seconds after this one,
-                the window is taken whole instead. openai/whisper has no such bound, and a model that
-                emits 0.02-second segments makes it decode 50 windows for a second of audio.
-
-        Returns:
-            The segments that are complete, and where the next window should begin, in seconds from the
-            start of this one; None where this window is used up.
-        """
-        times = [token >= self.timestamp_begin for token in tokens]
-        cuts = [index for index in range(1, len(tokens)) if times[index - 1] and times[index]]
-        closed = times[-2:] == [False, True]
-        seek: float | None = None
-        if not cuts:
-            given = [token for token, is_time in zip(tokens, times, strict=True) if is_time]
-            end = self._seconds(given[-1]) if given and given[-1] != self.timestamp_begin else WINDOW_SECONDS
-            begin = self._seconds(given[0]) if len(given) > 1 else 0.0
-            pieces = [(begin, end, tokens)]
-        else:
-            pieces = [
-                (self._seconds(tokens[first]), self._seconds(tokens[last - 1]), tokens[first:last])
-                for first, last in zip([0, *cuts], cuts, strict=False)
-            ]
-            rest = tokens[cuts[-1] :]
-            begin = self._seconds(rest[0])
-            if closed:
-                pieces.append((begin, self._seconds(rest[-1]), rest))
-            elif begin < min_advance:
-                pieces.append((begin, WINDOW_SECONDS, rest))
-            else:
-                # The text after the last pair was cut off by the window: the next one hears it whole.
-                seek = self._seconds(tokens[cuts[-1] - 1])
-        texts = ((begin, end, self.decode_text(piece)) for begin, end, piece in pieces)
-        return tuple(TimedText(begin, end, text) for begin, end, text in texts if text), seek
-
-    def _seconds(self, token: int) -> float:
-        return round((token - self.timestamp_begin) * SECONDS_PER_TIMESTAMP, 2)
 
     # Weights
 
