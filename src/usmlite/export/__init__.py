@@ -98,6 +98,7 @@ TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target("transformers", "transformers"),
+        Target("onnx", "onnx_files", ("whisper",), ("onnx",), "onnx"),
         Target("ctranslate2", "ctranslate2", ("whisper",)),
         Target("ggml", "ggml", ("whisper",), is_file=True),
     )
@@ -173,7 +174,10 @@ def check_new(target: Target, out: Path) -> None:
     """
     if target.is_file and not out.absolute().parent.is_dir():
         raise OutputError(
-            "no such directory", where=out, expected=f"a directory {out.parent}", remedy=f"mkdir -p {out.parent}"
+            "no such directory",
+            where=out,
+            expected=f"a directory {out.parent}",
+            remedy=f"mkdir -p {out.parent}",
         )
     if not os.path.lexists(out):
         return

@@ -140,7 +140,9 @@ class Kind:
         # q8_0 has signed codes, the others count from the lowest.
         lowest = 0 if self.bits == 8 else 1 << self.bits - 1
         codes = weight.levels.cpu().numpy().astype(np.int16).reshape(-1, BLOCK) + lowest
-        return self.pack(steps.cpu().numpy().reshape(-1, 1), codes.astype(np.int8 if not lowest else np.uint8))
+        return self.pack(
+            steps.cpu().numpy().reshape(-1, 1), codes.astype(np.int8 if not lowest else np.uint8)
+        )
 
     def holds(self, weight: ExpandedWeight) -> bool:
         """Whether its blocks hold a weight as it is."""
@@ -199,15 +201,15 @@ def plan(source: Source, form: str) -> Iterator[Becomes]:
         count = int(np.prod(stored.shape))
         if not _is_matrix(stored):
             half = stored.kind == "conv1d"
-            yield Becomes(
-                stored.name, "float16" if half else "float32", count * (2 if half else 4), not half
-            )
+            yield Becomes(stored.name, "float16" if half else "float32", count * (2 if half else 4), not half)
         elif kind.encode is None:
             yield Becomes(stored.name, "float16", 2 * count, False)
         else:
             levels = source.levels(stored.name)
             exact = levels is not None and kind.holds(levels)
-            yield Becomes(stored.name, f"{form}, blocks of {BLOCK}", count // BLOCK * _BLOCK_BYTES[form], exact)
+            yield Becomes(
+                stored.name, f"{form}, blocks of {BLOCK}", count // BLOCK * _BLOCK_BYTES[form], exact
+            )
 
 
 def write(source: Source, form: str, file: BinaryIO, progress: Callable[[float], None]) -> None:

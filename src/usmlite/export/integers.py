@@ -60,7 +60,5 @@ def fits_rows(weight: ExpandedWeight) -> bool:
     """Whether 8-bit integers with one scale a row hold a weight as it is."""
     assert weight.step is not None
     return (
-        weight.step.shape[1] == 1
-        and weight.column_scale is None
-        and bits_of(weight.levels, (8,)) is not None
+        weight.step.shape[1] == 1 and weight.column_scale is None and bits_of(weight.levels, (8,)) is not None
     )
