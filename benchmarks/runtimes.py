@@ -132,3 +132,24 @@ def onnx_runtime(directory: Path, threads: int) -> Transcribe:
         return adapter.decode_text(found)
 
     return lambda audios: [" ".join(window(part) for part in _windows(audio)) for audio in audios]
+
+
+def sherpa_onnx(directory: Path, threads: int) -> Transcribe:
+    """sherpa-onnx, which hears 29.5 seconds at most; windows are padded to 30, as everywhere else."""
+    import sherpa_onnx as library  # type: ignore[import-not-found, unused-ignore]
+
+    recognizer = library.OfflineRecognizer.from_whisper(
+        encoder=str(directory / "encoder.onnx"), decoder=str(directory / "decoder.onnx"),
+        tokens=str(directory / "tokens.txt"), language="en", num_threads=threads, tail_paddings=3000,
+    )  # fmt: skip
+
+    def transcribe(audios: Sequence[np.ndarray]) -> list[str]:
+        texts = []
+        for audio in audios:
+            stream = recognizer.create_stream()
+            stream.accept_waveform(SAMPLE_RATE, audio)
+            recognizer.decode_stream(stream)
+            texts.append(stream.result.text.strip())
+        return texts
+
+    return transcribe

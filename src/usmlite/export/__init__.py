@@ -99,6 +99,7 @@ TARGETS: dict[str, Target] = {
     for target in (
         Target("transformers", "transformers"),
         Target("onnx", "onnx_files", ("whisper",), ("onnx",), "onnx"),
+        Target("sherpa-onnx", "sherpa_onnx", ("whisper",), ("onnx",), "onnx"),
         Target("ctranslate2", "ctranslate2", ("whisper",)),
         Target("ggml", "ggml", ("whisper",), is_file=True),
     )

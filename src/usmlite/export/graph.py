@@ -98,11 +98,12 @@ class Graph:
         array = np.asarray(value, dtype=dtype)
         key = f"constant_{array.dtype}_{'x'.join(map(str, array.shape))}_{array.tobytes().hex()}"
         if key not in self._held:
-            self._held[key] = self._hold(f"constant_{len(self._held)}", array)
+            self._held[key] = self.hold(f"constant_{len(self._held)}", array)
         return str(self._held[key])
 
-    def _hold(self, name: str, array: np.ndarray) -> str:
-        self._weights.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+    def hold(self, name: str, array: np.ndarray) -> str:
+        """Keeps an array in the file under this name, which is given back."""
+        self._weights.append(numpy_helper.from_array(array.copy(order="C"), name))
         self.bytes += array.nbytes
         return name
 
@@ -114,7 +115,7 @@ class Graph:
         self._took(array.size)
         form = nbits.float_form(self._source, self._source.tensors[name], self._form)
         stored = (array if change is None else change(array)).astype(_FLOATS[form])
-        value = self._hold(name, stored)
+        value = self.hold(name, stored)
         if form == "float16":
             # Before everything else, for branches see only what comes before them.
             value, half = f"{name}_float32", value
@@ -151,9 +152,9 @@ class Graph:
             scale = weight.column_scale
             self._held[name] = (
                 weight,
-                self._hold(f"{name}_codes", weight.codes()),
-                self._hold(f"{name}_steps", weight.steps.contiguous().numpy()),
-                None if scale is None else self._hold(f"{name}_columns", scale.numpy()),
+                self.hold(f"{name}_codes", weight.codes()),
+                self.hold(f"{name}_steps", weight.steps.contiguous().numpy()),
+                None if scale is None else self.hold(f"{name}_columns", scale.numpy()),
             )
         held: tuple[NBits, str, str, str | None] = self._held[name]
         return held
