@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         UsmliteError,
     )
     from usmlite.evaluate import Comparison, Evaluation, compare, evaluate
+    from usmlite.export import export
     from usmlite.load import load
     from usmlite.models import Teacher, load_teacher
     from usmlite.movement import attach
@@ -72,6 +73,7 @@ __all__ = [
     "compare",
     "compress",
     "evaluate",
+    "export",
     "load",
     "load_corpus",
     "load_recipe",
@@ -88,6 +90,7 @@ _HOME = {
         "SpecError", "TrainingError", "UsmliteError",
     ),
     "evaluate": ("Comparison", "Evaluation", "compare", "evaluate"),
+    "export": ("export",),
     "load": ("load",),
     "movement": ("attach",),
     "models": ("Teacher", "load_teacher"),
@@ -112,7 +115,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(types.ModuleType):
-    """Keeps `usmlite.load`, `usmlite.compress` and `usmlite.evaluate` the functions.
+    """Keeps `usmlite.load`, `usmlite.compress`, `usmlite.evaluate` and `usmlite.export` the functions.
 
     Importing a submodule binds it in its package under its own name, which here would hide the
     function of that name. The modules are still reached with `from usmlite.load import ...`.

@@ -98,6 +98,7 @@ TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target("transformers", "transformers"),
+        Target("compressed-tensors", "compressed_tensors"),
         Target("onnx", "onnx_files", ("whisper",), ("onnx",), "onnx"),
         Target("sherpa-onnx", "sherpa_onnx", ("whisper",), ("onnx",), "onnx"),
         Target("ctranslate2", "ctranslate2", ("whisper",)),
@@ -106,6 +107,7 @@ TARGETS: dict[str, Target] = {
 }
 
 
+@torch.no_grad()
 def plan_export(source: Source, target: str, form: str | None = None) -> Plan:
     """What an export would write; nothing is written.
 
@@ -130,7 +132,6 @@ def plan_export(source: Source, target: str, form: str | None = None) -> Plan:
     return make_plan(target, resolved, source, chosen.tensors(source, resolved))
 
 
-@torch.no_grad()
 def export(
     source: str | Path | Source,
     target: str,
@@ -159,12 +160,37 @@ def export(
     """
     chosen = _target(target)
     chosen.check_packages()
-    path = Path(out)
-    check_new(chosen, path)
+    check_new(chosen, Path(out))
     opened = source if isinstance(source, Source) else open_source(source)
     plan = plan_export(opened, target, form)
-    chosen.write(opened, plan.form, path, progress or (lambda share: None))
+    write_export(opened, plan, out, progress=progress)
     return plan
+
+
+@torch.no_grad()
+def write_export(
+    source: Source,
+    plan: Plan,
+    out: str | os.PathLike[str],
+    *,
+    progress: Callable[[float], None] | None = None,
+) -> None:
+    """Writes what was planned.
+
+    Args:
+        source: the model that the plan was made for.
+        plan: see `plan_export`.
+        out: a directory that is new or empty; of "ggml", a new file.
+        progress: is called with the share that is done.
+
+    Raises:
+        OutputError: something is there already, or it cannot be written.
+        UsmliteError: a package that this target needs is not installed.
+    """
+    chosen, path = _target(plan.target), Path(out)
+    chosen.check_packages()
+    check_new(chosen, path)
+    chosen.write(source, plan.form, path, progress or (lambda share: None))
 
 
 def check_new(target: Target, out: Path) -> None:
@@ -206,4 +232,5 @@ __all__ = [
     "export",
     "open_source",
     "plan_export",
+    "write_export",
 ]

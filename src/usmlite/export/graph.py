@@ -37,9 +37,7 @@ class Graph:
         took: is called with the number of weights of each tensor that is taken.
     """
 
-    def __init__(
-        self, source: Source, form: str, widths: Sequence[int], took: Callable[[int], None]
-    ) -> None:
+    def __init__(self, source: Source, form: str, widths: Sequence[int], took: Callable[[int], None]) -> None:
         self._source = source
         self._form = form
         self._widths = widths
@@ -83,7 +81,9 @@ class Graph:
         finally:
             self._nodes = outer
 
-    def choose(self, condition: str, yes: tuple[list[Any], list[str]], no: tuple[list[Any], list[str]]) -> Any:
+    def choose(
+        self, condition: str, yes: tuple[list[Any], list[str]], no: tuple[list[Any], list[str]]
+    ) -> Any:
         """`If`, with the operators and the outputs of two branches."""
         graphs = []
         for label, (nodes, outputs) in (("yes", yes), ("no", no)):
@@ -194,11 +194,17 @@ class Graph:
             found = self.op("Concat", *parts, axis=-1)
         blocks = math.ceil(weight.columns / weight.block)
         found = self.op("Reshape", found, self.constant([0, 0, blocks, weight.block]))
-        levels = self.op("Sub", self.op("Cast", found, to=TensorProto.FLOAT), self.constant(1 << weight.bits - 1, np.float32))
+        levels = self.op(
+            "Sub",
+            self.op("Cast", found, to=TensorProto.FLOAT),
+            self.constant(1 << weight.bits - 1, np.float32),
+        )
         step = self.op("Unsqueeze", self.op("Gather", steps, ids), self.constant([-1]))
         rows = self.op("Reshape", self.op("Mul", levels, step), self.constant([0, 0, blocks * weight.block]))
         if blocks * weight.block != weight.columns:
-            rows = self.op("Slice", rows, self.constant([0]), self.constant([weight.columns]), self.constant([2]))
+            rows = self.op(
+                "Slice", rows, self.constant([0]), self.constant([weight.columns]), self.constant([2])
+            )
         return str(rows if scale is None else self.op("Mul", rows, scale))
 
     # Layers
@@ -206,7 +212,13 @@ class Graph:
     def norm(self, x: str, module: str) -> str:
         """A layer norm over the last axis."""
         return str(
-            self.op("LayerNormalization", x, self.floats(f"{module}.weight"), self.floats(f"{module}.bias"), axis=-1)
+            self.op(
+                "LayerNormalization",
+                x,
+                self.floats(f"{module}.weight"),
+                self.floats(f"{module}.bias"),
+                axis=-1,
+            )
         )
 
     def convolve(self, x: str, module: str, *, stride: int) -> str:
@@ -224,7 +236,9 @@ class Graph:
 
     def split_heads(self, x: str, heads: int) -> str:
         """`[batch, tokens, d]` to `[batch, heads, tokens, d / heads]`."""
-        return str(self.op("Transpose", self.op("Reshape", x, self.constant([0, 0, heads, -1])), perm=[0, 2, 1, 3]))
+        return str(
+            self.op("Transpose", self.op("Reshape", x, self.constant([0, 0, heads, -1])), perm=[0, 2, 1, 3])
+        )
 
     # The file
 

@@ -81,7 +81,7 @@ class NBits:
 
 
 def resolve(source: Source, form: str) -> str:
-    """"auto" for a dense model means the floats that it has."""
+    """ "auto" for a dense model means the floats that it has."""
     return "float32" if form == AUTO and source.recognizer.kind != "packed" else form
 
 

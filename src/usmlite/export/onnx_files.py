@@ -41,7 +41,9 @@ def write(source: Source, form: str, folder: Path, progress: Callable[[float], N
     took = counter(source, progress)
     (folder / "onnx").mkdir()
     _write_encoder(Graph(source, form, (2, 4, 8), took), adapter, folder / "onnx" / "encoder_model.onnx")
-    _write_decoder(Graph(source, form, (2, 4, 8), took), adapter, folder / "onnx" / "decoder_model_merged.onnx")
+    _write_decoder(
+        Graph(source, form, (2, 4, 8), took), adapter, folder / "onnx" / "decoder_model_merged.onnx"
+    )
     write_config(source, {"dtype": "float32"}, folder)
     adapter.save_processor(folder)
 
@@ -112,7 +114,9 @@ def _write_decoder(graph: Any, adapter: WhisperAdapter, path: Path) -> None:
             )
             own.append(graph.op("Concat", before, graph.split_heads(value, heads), axis=2))
         speech = cross[2 * index : 2 * index + 2]
-        for part, value in zip(("decoder.key", "decoder.value", "encoder.key", "encoder.value"), (*own, *speech), strict=True):
+        for part, value in zip(
+            ("decoder.key", "decoder.value", "encoder.key", "encoder.value"), (*own, *speech), strict=True
+        ):
             presents[f"present.{index}.{part}"] = value
         x = network.decode(x, index, query, (own[0], own[1]), mask, (speech[0], speech[1]))
     graph.rename(logits(graph.norm(x, "model.decoder.layer_norm")), "logits")

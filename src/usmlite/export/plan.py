@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from rich.table import Table
+from rich.text import Text
+
 from usmlite.export.source import Source, Stored
+from usmlite.tables import readable_bytes
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,6 @@ class Change:
     bytes_before: int
     bytes_after: int
 
-    @property
-    def widened(self) -> bool:
-        """Whether the other format stores the same thing in more bytes."""
-        return self.bytes_after > self.bytes_before
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -81,6 +80,36 @@ class Plan:
     def exact(self) -> bool:
         """Whether every weight keeps its numbers."""
         return all(change.exact for change in self.changes)
+
+    def table(self, name: str) -> Table:
+        """Draws it for the console, with the sums of bytes below.
+
+        Args:
+            name: the model's.
+        """
+        table = Table(title=f"{name} to {self.target}, {self.form}", title_justify="left", show_footer=True)
+        table.add_column("kind")
+        table.add_column("tensors", justify="right")
+        table.add_column("stored as", overflow="fold")
+        table.add_column("bytes", justify="right", footer=f"{self.bytes_before:,}")
+        table.add_column("becomes", overflow="fold")
+        table.add_column("bytes", justify="right", footer=f"{self.bytes_after:,}")
+        table.add_column("numbers")
+        for row in self.changes:
+            table.add_row(
+                row.kind, f"{row.count}", Text(row.before), f"{row.bytes_before:,}", Text(row.after),
+                f"{row.bytes_after:,}", "as they are" if row.exact else "rounded",
+            )  # fmt: skip
+        return table
+
+    def summary(self) -> str:
+        """The sums, in words."""
+        share = self.bytes_after / self.bytes_before if self.bytes_before else 1.0
+        kept = "every number stays as it is" if self.exact else "numbers are rounded where the table says so"
+        return (
+            f"{readable_bytes(self.bytes_before)} become {readable_bytes(self.bytes_after)} "
+            f"({share:.2f} times as much); {kept}"
+        )
 
 
 def make_plan(target: str, form: str, source: Source, tensors: Iterable[Becomes]) -> Plan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +32,35 @@ def plan(source: Source, form: str) -> Iterator[Becomes]:
 def write(source: Source, form: str, folder: Path, progress: Callable[[float], None]) -> None:
     """Writes `model.safetensors`, `config.json`, the tokenizer and the feature extractor."""
     dtype = getattr(torch, form)
-    model = unprepared_model(source)
     shapes = {
         name: (dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
-        for name, tensor in stored_tensors(model).items()
+        for name, tensor in stored_tensors(unprepared_model(source)).items()
     }
+    tensors = ((name, plain_tensor(source, name, shape).to(kind)) for name, (kind, shape) in shapes.items())
+    write_tensors(folder / WEIGHTS_NAME, shapes, tensors, progress)
+    write_config(source, {"dtype": form}, folder)
+    source.adapter.save_processor(folder)
+
+
+def write_tensors(
+    path: Path,
+    shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, Tensor]],
+    progress: Callable[[float], None],
+) -> None:
+    """Writes a safetensors file tensor by tensor."""
     total = sum(math.prod(shape) for _, shape in shapes.values())
     done = 0
-    writer = WeightsWriter(folder / WEIGHTS_NAME, shapes)
+    writer = WeightsWriter(path, shapes)
     try:
-        for name, (kind, shape) in shapes.items():
-            writer.write(name, plain_tensor(source, name, shape).to(kind))
-            done += math.prod(shape)
+        for name, tensor in tensors:
+            writer.write(name, tensor)
+            done += tensor.numel()
             progress(done / total)
     except BaseException:
         writer.close(complete=False)
         raise
     writer.close()
-    write_config(source, {"dtype": form}, folder)
-    source.adapter.save_processor(folder)
 
 
 def unprepared_model(source: Source) -> nn.Module:

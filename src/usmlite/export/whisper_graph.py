@@ -72,7 +72,9 @@ class WhisperGraph:
 
         rows = g.op("Range", scalar(past), scalar(total), one)
         columns = g.op("Range", zero, scalar(total), one)
-        later = g.op("Greater", g.op("Unsqueeze", columns, g.constant([0])), g.op("Unsqueeze", rows, g.constant([1])))
+        later = g.op(
+            "Greater", g.op("Unsqueeze", columns, g.constant([0])), g.op("Unsqueeze", rows, g.constant([1]))
+        )
         low = g.constant(np.finfo(np.float32).min / 2, np.float32)
         mask = g.op("Where", later, low, g.constant(0.0, np.float32))
         return str(g.op("Unsqueeze", mask, g.constant([0, 1])))
