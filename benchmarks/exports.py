@@ -232,7 +232,8 @@ def table(results: dict[str, Any]) -> str:
     """The table of docs/exports.md, in Markdown, and a line about how it was made."""
     found, settings = results["exports"], results["settings"]
     lines = [
-        "| export | numbers | file, MB | weights | WER % | against ours, points (95 % interval) | texts alike |",
+        "| export | numbers | file, MB | weights | WER % | against ours, points (95 % interval) "
+        "| texts alike |",
         "| --- | --- | --: | --- | --: | --: | --: |",
     ]
     versions: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Linear layers as packed integers for compressed-tensors (`pack-quantized`), which Transformers loads with it.
+"""Linear layers as packed integers: compressed-tensors' `pack-quantized`, which Transformers loads with it.
 
 The layout is that of compressed-tensors' `compressors/pack_quantized`: `weight_packed` int32, codes plus
 2^(bits-1), the lowest bits first and dense across words; `weight_scale`; `weight_shape`. The token embedding
@@ -114,7 +114,8 @@ def _config(schemes: dict[str, _Scheme]) -> dict[str, Any]:
         "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
         # Otherwise weights appear in a hook before the model's own first call, and Whisper's `generate` calls
         # its encoder before that.
-        "dequantize": True, "config_groups": groups, "ignore": [], "kv_cache_scheme": None, "global_compression_ratio": None,
+        "dequantize": True, "config_groups": groups, "ignore": [], "kv_cache_scheme": None,
+        "global_compression_ratio": None,
     }  # fmt: skip
 
 

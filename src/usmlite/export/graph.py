@@ -37,6 +37,9 @@ class Graph:
         took: is called with the number of weights of each tensor that is taken.
     """
 
+    FLOAT, INT64, BOOL = int(TensorProto.FLOAT), int(TensorProto.INT64), int(TensorProto.BOOL)
+    """Types of elements."""
+
     def __init__(self, source: Source, form: str, widths: Sequence[int], took: Callable[[int], None]) -> None:
         self._source = source
         self._form = form
@@ -119,7 +122,7 @@ class Graph:
         if form == "float16":
             # Before everything else, for branches see only what comes before them.
             value, half = f"{name}_float32", value
-            self._first.append(helper.make_node("Cast", [half], [value], to=TensorProto.FLOAT))
+            self._first.append(helper.make_node("Cast", [half], [value], to=self.FLOAT))
         self._held[name] = value
         return value
 
@@ -196,7 +199,7 @@ class Graph:
         found = self.op("Reshape", found, self.constant([0, 0, blocks, weight.block]))
         levels = self.op(
             "Sub",
-            self.op("Cast", found, to=TensorProto.FLOAT),
+            self.op("Cast", found, to=self.FLOAT),
             self.constant(1 << weight.bits - 1, np.float32),
         )
         step = self.op("Unsqueeze", self.op("Gather", steps, ids), self.constant([-1]))
@@ -230,7 +233,10 @@ class Graph:
         return str(self.op("Gelu", y))
 
     def attend(self, query: str, key: str, value: str, heads: int, mask: str = "") -> str:
-        """Attention: query `[batch, tokens, d]`; keys and values the same, or `[batch, heads, frames, d / heads]`."""
+        """Attention of a query `[batch, tokens, d]`.
+
+        Keys and values are `[batch, frames, d]`, or `[batch, heads, frames, d / heads]`.
+        """
         inputs = [query, key, value] + (["", "", mask] if mask else [])
         return str(self.op("MultiHeadAttention", *inputs, domain=RUNTIME, num_heads=heads))
 

@@ -19,7 +19,7 @@ from usmlite.export.source import Source, Stored, as_float
 
 AUTO = "auto"
 FORMS = (AUTO, "int8", "int4", "float16", "float32")
-# Fewer, larger blocks are faster and take less for scales (docs/decisions/0022); of those with which 2 bits are fast.
+# Large ones first: they take less for scales (docs/decisions/0022).
 BLOCKS = (128, 64, 32, 16)
 ROUNDED_BLOCK = 32
 
@@ -81,7 +81,7 @@ class NBits:
 
 
 def resolve(source: Source, form: str) -> str:
-    """ "auto" for a dense model means the floats that it has."""
+    """What is meant: of a dense model "auto" means the floats that it has."""
     return "float32" if form == AUTO and source.recognizer.kind != "packed" else form
 
 

@@ -1,21 +1,25 @@
 """Whisper for ONNX Runtime, in the layout of Optimum and of the hub's onnx-community.
 
-`onnx/encoder_model.onnx` and `onnx/decoder_model_merged.onnx`, whose names of inputs and outputs are those that
-Optimum and transformers.js know; configuration, tokenizer and feature extractor stand beside `onnx/`.
+`onnx/encoder_model.onnx` and `onnx/decoder_model_merged.onnx`, whose inputs and outputs are called as Optimum
+and transformers.js know them; configuration, tokenizer and feature extractor stand beside `onnx/`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from usmlite.export import nbits
 from usmlite.export.nbits import FORMS, resolve
 from usmlite.export.plan import Becomes
 from usmlite.export.source import Source
 from usmlite.export.transformers import write_config
+from usmlite.export.whisper_graph import TOKENS, WhisperGraph
 from usmlite.models import WhisperAdapter
+
+if TYPE_CHECKING:
+    from usmlite.export.graph import Graph
 
 __all__ = ["FORMS", "plan", "resolve", "write"]
 
@@ -61,34 +65,26 @@ def counter(source: Source, progress: Callable[[float], None]) -> Callable[[int]
     return took
 
 
-def _write_encoder(graph: Any, adapter: WhisperAdapter, path: Path) -> None:
-    from onnx import TensorProto
-
-    from usmlite.export.whisper_graph import WhisperGraph
-
+def _write_encoder(graph: Graph, adapter: WhisperAdapter, path: Path) -> None:
     config = adapter.config
     graph.rename(WhisperGraph(graph, adapter).encode("input_features"), "last_hidden_state")
     graph.save(
         path,
-        {"input_features": (TensorProto.FLOAT, ("batch_size", config.num_mel_bins, "feature_length"))},
-        {"last_hidden_state": (TensorProto.FLOAT, ("batch_size", "encoder_sequence_length", config.d_model))},
+        {"input_features": (graph.FLOAT, ("batch_size", config.num_mel_bins, "feature_length"))},
+        {"last_hidden_state": (graph.FLOAT, ("batch_size", "encoder_sequence_length", config.d_model))},
         {},
     )
 
 
-def _write_decoder(graph: Any, adapter: WhisperAdapter, path: Path) -> None:
-    from onnx import TensorProto
-
-    from usmlite.export.whisper_graph import TOKENS, WhisperGraph
-
+def _write_decoder(graph: Graph, adapter: WhisperAdapter, path: Path) -> None:
     config, network = adapter.config, WhisperGraph(graph, adapter)
     heads, layers = config.decoder_attention_heads, range(config.decoder_layers)
 
     def past(index: int, part: str) -> str:
         return f"past_key_values.{index}.{part}"
 
-    # Without a cache the first call may bring a past of any length, as Optimum's does: none of it is looked at.
-    used = graph.op("Cast", "use_cache_branch", to=TensorProto.INT64)
+    # Without a cache the first call may bring a past of any length, as Optimum's does; none of it is seen.
+    used = graph.op("Cast", "use_cache_branch", to=graph.INT64)
     length = graph.op("Mul", graph.op("Shape", past(0, "decoder.key"), start=2, end=3), used)
     now = graph.op("Shape", "input_ids", start=1, end=2)
     rows, logits = graph.tied("input_ids", TOKENS)
@@ -125,14 +121,14 @@ def _write_decoder(graph: Any, adapter: WhisperAdapter, path: Path) -> None:
     size = config.d_model // heads
 
     def cache(name: str, text: str, speech: str) -> tuple[int, tuple[Any, ...]]:
-        return TensorProto.FLOAT, ("batch_size", heads, speech if ".encoder." in name else text, size)
+        return graph.FLOAT, ("batch_size", heads, speech if ".encoder." in name else text, size)
 
     graph.save(
         path,
         {
-            "input_ids": (TensorProto.INT64, ("batch_size", "decoder_sequence_length")),
+            "input_ids": (graph.INT64, ("batch_size", "decoder_sequence_length")),
             "encoder_hidden_states": (
-                TensorProto.FLOAT, ("batch_size", "encoder_sequence_length", config.d_model),
+                graph.FLOAT, ("batch_size", "encoder_sequence_length", config.d_model),
             ),
             **{
                 name.replace("present.", "past_key_values."): cache(
@@ -140,10 +136,10 @@ def _write_decoder(graph: Any, adapter: WhisperAdapter, path: Path) -> None:
                 )
                 for name in presents
             },
-            "use_cache_branch": (TensorProto.BOOL, (1,)),
+            "use_cache_branch": (graph.BOOL, (1,)),
         },
         {
-            "logits": (TensorProto.FLOAT, ("batch_size", "decoder_sequence_length", config.vocab_size)),
+            "logits": (graph.FLOAT, ("batch_size", "decoder_sequence_length", config.vocab_size)),
             **{
                 name: cache(name, "past_decoder_sequence_length + 1", "encoder_sequence_length_out")
                 for name in presents

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -19,7 +19,11 @@ from usmlite.export.ggml import text_tokens
 from usmlite.export.nbits import FORMS, resolve
 from usmlite.export.plan import Becomes
 from usmlite.export.source import Source
+from usmlite.export.whisper_graph import TOKENS, WhisperGraph
 from usmlite.models import WhisperAdapter
+
+if TYPE_CHECKING:
+    from usmlite.export.graph import Graph
 
 __all__ = ["FORMS", "plan", "resolve", "write"]
 
@@ -47,11 +51,7 @@ def write(source: Source, form: str, folder: Path, progress: Callable[[float], N
     (folder / TABLE).write_text("".join(lines), encoding="ascii")
 
 
-def _write_encoder(graph: Any, adapter: WhisperAdapter, path: Path) -> None:
-    from onnx import TensorProto
-
-    from usmlite.export.whisper_graph import WhisperGraph
-
+def _write_encoder(graph: Graph, adapter: WhisperAdapter, path: Path) -> None:
     config, network = adapter.config, WhisperGraph(graph, adapter)
     states = network.encode("mel")
     pairs = [network.cross_keys(states, index) for index in range(config.decoder_layers)]
@@ -59,16 +59,12 @@ def _write_encoder(graph: Any, adapter: WhisperAdapter, path: Path) -> None:
     for name, values in zip(("n_layer_cross_k", "n_layer_cross_v"), zip(*pairs, strict=True), strict=True):
         layers = [graph.op("Unsqueeze", value, graph.constant([0])) for value in values]
         graph.rename(graph.op("Concat", *layers, axis=0), name)
-        outputs[name] = (TensorProto.FLOAT, (config.decoder_layers, "n_audio", "n_frames", config.d_model))
-    inputs = {"mel": (TensorProto.FLOAT, ("n_audio", config.num_mel_bins, "T"))}
+        outputs[name] = (graph.FLOAT, (config.decoder_layers, "n_audio", "n_frames", config.d_model))
+    inputs = {"mel": (graph.FLOAT, ("n_audio", config.num_mel_bins, "T"))}
     graph.save(path, inputs, outputs, metadata(adapter))
 
 
-def _write_decoder(graph: Any, adapter: WhisperAdapter, path: Path) -> None:
-    from onnx import TensorProto
-
-    from usmlite.export.whisper_graph import TOKENS, WhisperGraph
-
+def _write_decoder(graph: Graph, adapter: WhisperAdapter, path: Path) -> None:
     config, network = adapter.config, WhisperGraph(graph, adapter)
     heads = config.decoder_attention_heads
     caches = ("in_n_layer_self_k_cache", "in_n_layer_self_v_cache")
@@ -103,20 +99,20 @@ def _write_decoder(graph: Any, adapter: WhisperAdapter, path: Path) -> None:
     graph.rename(_suppress(graph, adapter, found), "logits")
     state = (config.decoder_layers, "n_audio", config.max_target_positions, config.d_model)
     speech = (config.decoder_layers, "n_audio", "n_frames", config.d_model)
-    outputs = {"logits": (TensorProto.FLOAT, ("n_audio", "n_tokens", config.vocab_size))}
+    outputs = {"logits": (graph.FLOAT, ("n_audio", "n_tokens", config.vocab_size))}
     for name, layers in zip(caches, updated, strict=True):
         graph.rename(graph.op("Concat", *layers, axis=0), name.replace("in_", "out_", 1))
-        outputs[name.replace("in_", "out_", 1)] = (TensorProto.FLOAT, cast(Any, state))
+        outputs[name.replace("in_", "out_", 1)] = (graph.FLOAT, cast(Any, state))
     inputs = {
-        "tokens": (TensorProto.INT64, ("n_audio", "n_tokens")),
-        **{name: (TensorProto.FLOAT, state) for name in caches},
-        **{name: (TensorProto.FLOAT, speech) for name in ("n_layer_cross_k", "n_layer_cross_v")},
-        "offset": (TensorProto.INT64, (1,)),
+        "tokens": (graph.INT64, ("n_audio", "n_tokens")),
+        **dict.fromkeys(caches, (graph.FLOAT, state)),
+        **dict.fromkeys(("n_layer_cross_k", "n_layer_cross_v"), (graph.FLOAT, speech)),
+        "offset": (graph.INT64, (1,)),
     }
     graph.save(path, inputs, outputs, {})
 
 
-def _suppress(graph: Any, adapter: WhisperAdapter, logits: str) -> str:
+def _suppress(graph: Graph, adapter: WhisperAdapter, logits: str) -> str:
     """Logits of the tokens that are never emitted, or not first, far below all others."""
     never = [*(adapter.generation.suppress_tokens or ()), adapter.no_timestamps]
     rows = np.zeros((2, adapter.config.vocab_size), dtype=np.float16)
@@ -124,8 +120,8 @@ def _suppress(graph: Any, adapter: WhisperAdapter, logits: str) -> str:
     # The prompt is what comes first, and the first token is chosen after it.
     rows[0, list(adapter.generation.begin_suppress_tokens or ())] = -np.inf
     first = graph.op("Less", graph.constant([0]), "offset")
-    row = graph.op("Gather", graph.hold("suppressed", rows), graph.op("Cast", first, to=7), axis=0)
-    return str(graph.op("Add", logits, graph.op("Cast", row, to=1)))
+    row = graph.op("Gather", graph.hold("suppressed", rows), graph.op("Cast", first, to=graph.INT64), axis=0)
+    return str(graph.op("Add", logits, graph.op("Cast", row, to=graph.FLOAT)))
 
 
 def metadata(adapter: WhisperAdapter) -> dict[str, str]:

@@ -84,7 +84,11 @@ class Source:
         return found.float() if found.is_floating_point() else found
 
     def levels(self, name: str) -> ExpandedWeight | None:
-        """A weight as whole multiples of steps, a matrix `[out, in]` or `[out, kernel * in]`; None if float."""
+        """A weight as whole multiples of steps; None if it is floats.
+
+        Returns:
+            A matrix `[out, in]`; of a convolution `[out, kernel * in]`.
+        """
         found = self._place(name)
         if not isinstance(found, StoredWeight):
             return None
@@ -115,15 +119,10 @@ def dense_source(teacher: Teacher) -> Source:
 
 
 def _dense_tensors(model: nn.Module, adapter: Adapter) -> dict[str, Stored]:
-    kinds = adapter.compressible(model)
-    computed = adapter.computed(model)
+    kinds = adapter.compressible(model) | dict.fromkeys(adapter.computed(model), "positions")
     return {
         name: Stored(
-            name,
-            tuple(tensor.shape),
-            "positions" if name in computed else kinds.get(name, kinds.get(name.removesuffix(".weight"), "other")),
-            str(tensor.dtype).removeprefix("torch."),
-            tensor.nbytes,
+            name, tuple(tensor.shape), kinds.get(name, "other"), str(tensor.dtype)[6:], tensor.nbytes
         )
         for name, tensor in packfile.stored_tensors(model).items()
     }  # fmt: skip

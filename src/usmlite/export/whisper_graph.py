@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from usmlite.export.graph import Graph
 from usmlite.models import WhisperAdapter
+
+if TYPE_CHECKING:
+    from usmlite.export.graph import Graph
 
 TOKENS = "model.decoder.embed_tokens.weight"
 
