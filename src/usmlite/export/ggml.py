@@ -7,7 +7,7 @@ The layout is that of whisper.cpp's `models/convert-pt-to-ggml.py`; what is quan
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
@@ -245,7 +245,7 @@ def _head(adapter: WhisperAdapter, kind: Kind) -> Iterator[bytes]:
 
 def text_tokens(adapter: WhisperAdapter) -> list[bytes]:
     """The bytes of every token before <|endoftext|>."""
-    byte_of = {character: byte for byte, character in cast(Mapping[int, str], bytes_to_unicode()).items()}
+    byte_of = {character: byte for byte, character in cast(Any, bytes_to_unicode)().items()}
     tokens = cast("list[str]", adapter.tokenizer.convert_ids_to_tokens(list(range(adapter.end))))
     return [bytes(byte_of[character] for character in token) for token in tokens]
 

@@ -135,7 +135,7 @@ class Graph:
         else:
             weight, codes, steps, scale = held
             y = self._multiply(x, weight, codes, steps, scale)
-        return self.op("Add", y, self.floats(f"{module}.bias")) if bias else y
+        return str(self.op("Add", y, self.floats(f"{module}.bias")) if bias else y)
 
     def _multiply(self, x: str, weight: NBits, codes: str, steps: str, scale: str | None) -> Any:
         if scale is not None:

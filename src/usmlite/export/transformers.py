@@ -84,7 +84,8 @@ def plain_tensor(source: Source, name: str, shape: tuple[int, ...]) -> Tensor:
     if part == "1":
         return weight
     axes = [axis for axis, size in enumerate(shape) if size == 1]
-    return torch.linalg.vector_norm(weight, dim=axes, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(weight, dim=axes, keepdim=True)
+    return length
 
 
 def write_config(source: Source, changes: dict[str, object], folder: Path) -> None:
