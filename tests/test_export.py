@@ -134,6 +134,18 @@ def test_ctranslate2_is_read_back(spec: str, form: str, packed: dict[str, Path],
     assert words[-1] == "<|30.00|>"
 
 
+def test_ctranslate2_runs(packed: dict[str, Path], tmp_path: Path) -> None:
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    export(packed["rates"], "ctranslate2", tmp_path / "out", form="float32")
+    ours, _ = load_packed(packed["rates"])
+    features = torch.randn(1, 8, 3000, generator=torch.Generator().manual_seed(1))
+    model = ctranslate2.models.Whisper(str(tmp_path / "out"), device="cpu", compute_type="float32")
+    found = np.asarray(model.encode(ctranslate2.StorageView.from_array(features.numpy())))
+    with torch.inference_mode():
+        expected = ours.get_encoder()(features).last_hidden_state
+    assert np.allclose(found, expected.numpy(), atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("spec", "kind"), [("int8", "q8_0"), ("int4 groups", "q4_0"), ("rates", "q8_0"), ("float16 2:4", "f16")]
 )
@@ -320,6 +332,21 @@ def test_onnx_runs_with_and_without_cache(
     # Inputs of quantized layers are rounded to 8 bits as well.
     bound = {"float32": 1e-4, "int4": 0.3}.get(form, 1e-3 if spec == "float16 2:4" else 0.05)
     assert float((logits - expected).abs().max()) <= bound * float(expected.abs().max())
+
+
+def test_onnx_beyond_2_gb(packed: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(importlib.import_module("usmlite.export.graph"), "_MOST_INLINE", 1000)
+    export(packed["int8"], "onnx", tmp_path / "out")
+    folder = tmp_path / "out" / "onnx"
+    assert (folder / "encoder_model.onnx_data").stat().st_size > 1000
+    encoder = onnxruntime.InferenceSession(folder / "encoder_model.onnx")
+    states = encoder.run(None, {"input_features": np.zeros((1, 8, 3000), np.float32)})[0]
+    assert np.isfinite(states).all()
+    with pytest.raises(SpecError, match=r"encoder.onnx: the runtime reads no file of more than 2 GB"):
+        export(packed["int8"], "sherpa-onnx", tmp_path / "sherpa")
+    assert not (tmp_path / "sherpa").exists()
 
 
 def test_sherpa_onnx_files(packed: dict[str, Path], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from usmlite.errors import SpecError
 from usmlite.export import nbits
 from usmlite.export.nbits import NBits
 from usmlite.export.source import Source, as_float
@@ -254,6 +255,8 @@ class Graph:
         inputs: Mapping[str, tuple[int, Sequence[Any]]],
         outputs: Mapping[str, tuple[int, Sequence[Any]]],
         metadata: Mapping[str, str],
+        *,
+        alone: bool = False,
     ) -> None:
         """Writes the graph.
 
@@ -262,7 +265,17 @@ class Graph:
             inputs: element type and shape by name; axes of any length have names.
             outputs: the same.
             metadata: for whoever reads the model.
+            alone: whether the reader looks for no second file.
+
+        Raises:
+            SpecError: it would have to be alone, and has more than 2 GB.
         """
+        if alone and self.bytes > _MOST_INLINE:
+            raise SpecError(
+                "the runtime reads no file of more than 2 GB", where=path.name,
+                expected=f"at most {_MOST_INLINE:,} bytes of weights", found=f"{self.bytes:,}",
+                remedy="Export with --dtype int8.",
+            )  # fmt: skip
         graph = helper.make_graph(
             [*self._first, *self._nodes], path.stem,
             [helper.make_tensor_value_info(name, *kind) for name, kind in inputs.items()],

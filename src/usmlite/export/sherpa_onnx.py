@@ -61,7 +61,7 @@ def _write_encoder(graph: Graph, adapter: WhisperAdapter, path: Path) -> None:
         graph.rename(graph.op("Concat", *layers, axis=0), name)
         outputs[name] = (graph.FLOAT, (config.decoder_layers, "n_audio", "n_frames", config.d_model))
     inputs = {"mel": (graph.FLOAT, ("n_audio", config.num_mel_bins, "T"))}
-    graph.save(path, inputs, outputs, metadata(adapter))
+    graph.save(path, inputs, outputs, metadata(adapter), alone=True)
 
 
 def _write_decoder(graph: Graph, adapter: WhisperAdapter, path: Path) -> None:
@@ -109,7 +109,7 @@ def _write_decoder(graph: Graph, adapter: WhisperAdapter, path: Path) -> None:
         **dict.fromkeys(("n_layer_cross_k", "n_layer_cross_v"), (graph.FLOAT, speech)),
         "offset": (graph.INT64, (1,)),
     }
-    graph.save(path, inputs, outputs, {})
+    graph.save(path, inputs, outputs, {}, alone=True)
 
 
 def _suppress(graph: Graph, adapter: WhisperAdapter, logits: str) -> str:
