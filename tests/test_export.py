@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq
 
+import exports
 import usmlite
 from export_readers import multiplied, unpack_words
 from small_ctc import WITHOUT, save_model
@@ -19,6 +20,7 @@ from small_whisper import logits, small_student, small_teacher
 from usmlite import cli
 from usmlite.errors import ModelError, OutputError, SpecError, UsmliteError
 from usmlite.export import TARGETS, Source, export, ggml, integers, nbits, open_source, plan_export
+from usmlite.export.ctranslate2 import vocabulary
 from usmlite.kernels import ExpandedWeight
 from usmlite.models import load_teacher
 from usmlite.models.whisper import ENCODER_POSITIONS
@@ -132,6 +134,18 @@ def test_ctranslate2_is_read_back(spec: str, form: str, packed: dict[str, Path],
     words = json.loads((tmp_path / "out" / "vocabulary.json").read_text())
     assert len(words) == len(set(words)) == usmlite.load(packed[spec]).adapter.config.vocab_size
     assert words[-1] == "<|30.00|>"
+
+
+def test_tokens_without_a_name_have_none_in_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As 50256 of the multilingual models: CTranslate2 tells by the table that a model is one of these.
+    _, adapter = small_teacher()
+    names = adapter.tokenizer.convert_ids_to_tokens(list(range(adapter.timestamp_begin)))
+    names[5] = ""
+    monkeypatch.setattr(adapter.tokenizer, "convert_ids_to_tokens", lambda ids: [names[i] for i in ids])
+    words = vocabulary(adapter)
+    assert words[: adapter.timestamp_begin] == names
+    assert words[adapter.timestamp_begin :][:2] == ["<|0.00|>", "<|0.02|>"]
+    assert len(words) == adapter.config.vocab_size
 
 
 def test_ctranslate2_runs(packed: dict[str, Path], tmp_path: Path) -> None:
@@ -476,6 +490,13 @@ def test_dense_models_go_too(dense_model: Path, tmp_path: Path) -> None:
     assert plan_export(source, "onnx").form == "float32"
     rounded = plan_export(source, "onnx", "int8")
     assert next(row for row in rounded.changes if row.kind == "linear").after == "int8, blocks of 32"
+
+
+def test_the_table_in_the_docs_is_that_of_the_results() -> None:
+    results = json.loads(exports.RESULTS.read_text(encoding="utf-8"))
+    text = exports.DOCUMENT.read_text(encoding="utf-8")
+    assert text.split(exports.START)[1].split(exports.END)[0].strip() == exports.table(results).strip()
+    assert "evaluation" in results["exports"][exports.OURS]
 
 
 def test_every_form_is_in_the_help() -> None:

@@ -206,10 +206,7 @@ def _settings(adapter: WhisperAdapter) -> dict[str, object]:
 
 def vocabulary(adapter: WhisperAdapter) -> list[str]:
     """Every token by its number, with names for the timestamps that no tokenizer file holds."""
-    tokens = cast(
-        "list[str | None]", adapter.tokenizer.convert_ids_to_tokens(list(range(adapter.config.vocab_size)))
-    )
-    return [
-        token if token else f"<|{(number - adapter.timestamp_begin) * 0.02:.2f}|>"
-        for number, token in enumerate(tokens)
-    ]
+    begin, size = adapter.timestamp_begin, adapter.config.vocab_size
+    tokens = cast("list[str | None]", adapter.tokenizer.convert_ids_to_tokens(list(range(begin))))
+    times = (f"<|{(number - begin) * 0.02:.2f}|>" for number in range(begin, size))
+    return [*(token or "" for token in tokens), *times]
