@@ -81,12 +81,14 @@ def write(source: Source, form: str, folder: Path, progress: Callable[[float], N
     """Writes `model.safetensors`, `config.json` that says how it is quantized, and the processor."""
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     schemes: dict[str, _Scheme] = {}
+    exact: set[str] = set()
     plain: dict[str, tuple[int, ...]] = {}
     for name, tensor in stored_tensors(unprepared_model(source)).items():
         stored = source.tensors.get(name)
-        scheme = None if stored is None else _scheme(source, stored, form)[0]
+        scheme, fits = (None, False) if stored is None else _scheme(source, stored, form)
         if stored is not None and scheme is not None:
             schemes[name] = scheme
+            exact |= {name} if fits else set()
             parts = scheme.shapes(*_matrix(stored))
             shapes |= {name.removesuffix("weight") + part: shape for part, shape in parts.items()}
         else:
@@ -97,7 +99,7 @@ def write(source: Source, form: str, folder: Path, progress: Callable[[float], N
         for name, shape in plain.items():
             yield name, plain_tensor(source, name, shape).to(shapes[name][0])
         for name, scheme in schemes.items():
-            for part, tensor in _parts(source, source.tensors[name], scheme).items():
+            for part, tensor in _parts(source, name, scheme, name in exact).items():
                 yield name.removesuffix("weight") + part, tensor
 
     write_tensors(folder / WEIGHTS_NAME, shapes, tensors(), progress)
@@ -140,18 +142,14 @@ def _scheme(source: Source, stored: Stored, form: str) -> tuple[_Scheme | None, 
     return _Scheme(most, _ROUNDED_GROUP if columns % _ROUNDED_GROUP == 0 else None), False
 
 
-def _parts(source: Source, stored: Stored, scheme: _Scheme) -> dict[str, Tensor]:
-    weight = source.levels(stored.name)
-    rows, columns = _matrix(stored)
-    fits = weight is not None and weight.column_scale is None and bits_of(weight.levels, (scheme.bits,))
-    own = None if weight is None or weight.step is None or weight.step.shape[1] == 1 else weight.group
-    if fits and weight is not None and weight.step is not None and own == scheme.group:
-        levels, steps = weight.levels.to("cpu", torch.int16), weight.step.cpu()
+def _parts(source: Source, name: str, scheme: _Scheme, exact: bool) -> dict[str, Tensor]:
+    rows, columns = _matrix(source.tensors[name])
+    weight = source.levels(name)
+    if exact and weight is not None and weight.step is not None:
+        levels, steps = weight.levels.cpu(), weight.step.cpu()
     else:
-        block = scheme.group or columns
-        rounded, steps = round_to_blocks(as_float(source.tensor(stored.name)), scheme.bits, block)
-        levels = rounded.to(torch.int16)
-    codes = pack_codes((levels + (1 << scheme.bits - 1)).to(torch.uint8), scheme.bits)
+        levels, steps = round_to_blocks(as_float(source.tensor(name)), scheme.bits, scheme.group or columns)
+    codes = pack_codes((levels.to(torch.int16) + (1 << scheme.bits - 1)).to(torch.uint8), scheme.bits)
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % _WORD_BYTES)).contiguous()
     return {
         "weight_packed": padded.view(torch.int32),

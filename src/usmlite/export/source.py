@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from usmlite import kernels, packfile
+from usmlite import packfile
 from usmlite.info import describe
 from usmlite.kernels import ExpandedWeight
 from usmlite.load import dense_recognizer, load
@@ -93,8 +93,8 @@ class Source:
         if not isinstance(found, StoredWeight):
             return None
         value = found.value
-        expanded = kernels.expand(value) if isinstance(value, kernels.PackedWeight) else value
-        return None if expanded.step is None else expanded
+        assert isinstance(value, ExpandedWeight), "held as int8"
+        return None if value.step is None else value
 
 
 def open_source(source: str | Path) -> Source:
