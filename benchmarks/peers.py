@@ -22,7 +22,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -31,15 +31,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import WhisperForConditionalGeneration
 
 import ggml_whisper
+import runtimes
 from usmlite.atomic import write_bytes, write_json
-from usmlite.audio import WINDOW_SAMPLES, load_audio
+from usmlite.audio import load_audio
 from usmlite.data import load_corpus
 from usmlite.evaluate import Evaluation, compare, describe_machine, describe_versions, evaluate
 from usmlite.load import load
@@ -53,8 +53,6 @@ START, END = "<!-- peers -->", "<!-- /peers -->"
 DENSE, REFERENCE = "dense", "faster-whisper float32"
 TOKENS, TIED = "model.decoder.embed_tokens.weight", "proj_out.weight"  # one weight under two names
 SAME = 0.003  # dense and faster-whisper's float32 are called alike within so much WER
-
-Transcribe = Callable[[Sequence[np.ndarray]], list[str]]
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class Place:
 class Made:
     """A model that was made: what transcribes, and the file that would be shipped."""
 
-    transcribe: Transcribe
+    transcribe: runtimes.Transcribe
     file: Path
 
 
@@ -128,22 +126,12 @@ def packed(source: Path, place: Place) -> Made:
     if recognizer.kind != "packed":
         raise ValueError("this is not a packed model")
     folder = source if (source / WEIGHTS_NAME).is_file() else source / "packed"
-    return Made(_english(recognizer), folder / WEIGHTS_NAME)
+    return Made(runtimes.ours(recognizer), folder / WEIGHTS_NAME)
 
 
-def _ours(model: nn.Module, place: Place) -> Transcribe:
+def _ours(model: nn.Module, place: Place) -> runtimes.Transcribe:
     """Decodes with usmlite: of a tool that only changes weights, only the weights are compared."""
-    return _english(Recognizer(model, place.teacher.adapter, name="", kind="dense", weights_bytes=0))
-
-
-def _english(recognizer: Recognizer) -> Transcribe:
-    def transcribe(audios: Sequence[np.ndarray]) -> list[str]:
-        found = recognizer.transcribe(
-            list(audios), timestamps=False, language="en", batch_size=max(1, len(audios))
-        )
-        return [transcript.text for transcript in found]
-
-    return transcribe
+    return runtimes.ours(Recognizer(model, place.teacher.adapter, name="", kind="dense", weights_bytes=0))
 
 
 # Tools that change the weights of a Transformers model. The float weights that they leave are bfloat16, as in
@@ -229,49 +217,23 @@ def faster_whisper(kind: str, place: Place) -> Made:
     from ctranslate2.converters import (  # type: ignore[import-not-found, unused-ignore]
         TransformersConverter,
     )
-    from faster_whisper import WhisperModel  # type: ignore[import-not-found, unused-ignore]
 
     directory = place.folder / "ctranslate2"
     converter = TransformersConverter(
         str(place.transformers_directory()), copy_files=["tokenizer.json"], low_cpu_mem_usage=True
     )
     converter.convert(str(directory), quantization=kind)
-    model = WhisperModel(str(directory), device="cpu", compute_type=kind, cpu_threads=place.threads)
-
-    def transcribe(audios: Sequence[np.ndarray]) -> list[str]:
-        texts = []
-        for audio in audios:
-            segments, _ = model.transcribe(
-                audio, language="en", beam_size=1, temperature=0.0, condition_on_previous_text=False,
-                without_timestamps=len(audio) <= WINDOW_SAMPLES, vad_filter=False,
-            )  # fmt: skip
-            texts.append(" ".join(segment.text.strip() for segment in segments))
-        return texts
-
-    return Made(transcribe, directory / "model.bin")
+    return Made(
+        runtimes.faster_whisper(directory, kind, place.threads),
+        directory / "model.bin",
+    )
 
 
 def whisper_cpp(kind: str, place: Place) -> Made:
     """whisper.cpp through pywhispercpp, with a file that `ggml_whisper` writes."""
-    from pywhispercpp.model import Model  # type: ignore[import-not-found, unused-ignore]
-
     file = place.folder / f"ggml-{kind}.bin"
     ggml_whisper.write(place.teacher, file, kind)
-    # Tokens that are no speech are suppressed as by openai/whisper, Transformers and faster-whisper.
-    model = Model(
-        str(file), n_threads=place.threads, redirect_whispercpp_logs_to=None, print_progress=False,
-        print_realtime=False, language="en", no_context=True, temperature=0.0, temperature_inc=0.0,
-        greedy={"best_of": 1}, suppress_blank=True, suppress_nst=True,
-    )  # fmt: skip
-
-    def transcribe(audios: Sequence[np.ndarray]) -> list[str]:
-        texts = []
-        for audio in audios:
-            segments = model.transcribe(audio, no_timestamps=len(audio) <= WINDOW_SAMPLES)
-            texts.append(" ".join(segment.text.strip() for segment in segments))
-        return texts
-
-    return Made(transcribe, file)
+    return Made(runtimes.whisper_cpp(file, place.threads), file)
 
 
 # In the order of the table.

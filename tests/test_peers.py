@@ -13,6 +13,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 import ggml_whisper
 import peers
 from small_whisper import small_teacher
+from usmlite.export import ggml
 from usmlite.models import Teacher
 
 README = Path(__file__).parents[1] / "README.md"
@@ -51,7 +52,7 @@ def test_ggml_blocks_are_those_of_ggml() -> None:
     # By hand: the farthest weight, -8, gets code 0 and the scale is 1.
     weight = np.zeros((1, 32), dtype=np.float32)
     weight[0, [0, 1, 16]] = -8.0, 7.0, 3.2
-    data = ggml_whisper.q4_0(weight)
+    data = ggml.q4_0(weight)
     assert data[:2] == np.float16(1).tobytes()
     assert data[2:4] == bytes([0 | 11 << 4, 15 | 8 << 4])
 

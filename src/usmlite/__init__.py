@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         UsmliteError,
     )
     from usmlite.evaluate import Comparison, Evaluation, compare, evaluate
+    from usmlite.export import export
     from usmlite.load import load
     from usmlite.models import Options, Teacher, Word, load_teacher
     from usmlite.movement import attach
@@ -77,6 +78,7 @@ __all__ = [
     "compare",
     "compress",
     "evaluate",
+    "export",
     "load",
     "load_corpus",
     "load_recipe",
@@ -94,6 +96,7 @@ _HOME = {
         "SpecError", "TrainingError", "UsmliteError",
     ),
     "evaluate": ("Comparison", "Evaluation", "compare", "evaluate"),
+    "export": ("export",),
     "load": ("load",),
     "movement": ("attach",),
     "models": ("Options", "Teacher", "Word", "load_teacher"),
@@ -120,7 +123,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(types.ModuleType):
-    """Keeps `usmlite.load`, `usmlite.compress` and `usmlite.evaluate` the functions.
+    """Keeps `usmlite.load`, `usmlite.compress`, `usmlite.evaluate` and `usmlite.export` the functions.
 
     Importing a submodule binds it in its package under its own name, which here would hide the
     function of that name. The modules are still reached with `from usmlite.load import ...`.

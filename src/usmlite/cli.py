@@ -36,6 +36,7 @@ HOLDS = ("float32", "int8", "packed")
 ACTIVATIONS = ("int8", "float32")
 FORMATS = ("txt", "json", "srt", "vtt", "tsv")
 REPORTS = ("html", "md", "json", "latex")
+EXPORTS = ("transformers", "compressed-tensors", "onnx", "sherpa-onnx", "ctranslate2", "ggml")
 
 _BEAMS = 5  # as openai/whisper's command line; docs/transcription.md says what they do
 _SECTIONS = {
@@ -57,6 +58,7 @@ the usual way through:
   usmlite transcribe small/packed interview.wav --format srt
   usmlite sweep int4.toml int3.toml --data speech/ --test test.jsonl --out study/
   usmlite report small/ study/ --out report.html
+  usmlite export small/packed --to ctranslate2 --out small-ct2/
 
 MODEL is a name (tiny.en, base, or tiny.en-small, which comes along), a directory of Transformers with a
 Whisper or an encoder with a CTC head (wav2vec 2.0, HuBERT, Parakeet, ...), a Whisper directory of CTranslate2
@@ -174,6 +176,30 @@ measured, also in the form that the hub shows beside the model (model-index); lo
 whole model goes in one commit.
 """
 
+EXPORT_EPILOG = """\
+target              for                            --dtype, the first is the default
+transformers        Transformers, and all that     float32, float16, bfloat16
+                    reads its directories
+compressed-tensors  Transformers with the package  auto, int8, int4: linear layers
+                    compressed-tensors
+onnx                ONNX Runtime (MatMulNBits)     auto, int8, int4, float16, float32
+sherpa-onnx         sherpa-onnx                    auto, int8, int4, float16, float32
+ctranslate2         faster-whisper                 int8, float16, float32
+ggml                whisper.cpp; OUT is a file     auto, f16, q8_0, q5_0, q4_0
+
+The target's own integers and scales are the packed model's wherever it has them; "auto" takes the fewest bits
+that hold every weight as it is. What a target has not (entropy-coded codes, N:M, scales of columns) is
+widened: the plan says to what, by kind of layer, with the bytes, before anything is written. --plan stops
+there. onnx and sherpa-onnx need the extra: pip install "usmlite[onnx]". CTC models go to transformers and
+compressed-tensors. What each runtime makes of the files, in words and bytes, is in docs/exports.md.
+
+examples:
+  usmlite export small/packed --to ctranslate2 --out small-ct2/
+  usmlite export tiny.en-small --to ggml --out ggml-tiny.en-small.bin
+  usmlite export small/packed --to onnx --out small-onnx/ --plan
+  usmlite export small/packed --to transformers --dtype float16 --out small-float16/
+"""
+
 DEMO_EPILOG = """\
 It needs the extra: pip install "usmlite[demo]". The speech is synthetic and made on the spot, by one voice:
 the word error rates say that the whole flow works, not how good a model is. Results on real speech are in
@@ -207,6 +233,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_transcribe(commands)
     _add_info(commands)
     _add_push(commands)
+    _add_export(commands)
     _add_demo(commands)
     return parser
 
@@ -464,6 +491,19 @@ def _add_push(commands: Any) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="check the model and print the card; nothing is sent"
     )
+
+
+def _add_export(commands: Any) -> None:
+    parser = _command(
+        commands, "export", "write a model in the format of another runtime", EXPORT_EPILOG, _run_export
+    )
+    parser.add_argument("source", metavar="MODEL", help="a packed, dense or student model")
+    parser.add_argument("--to", required=True, choices=EXPORTS, metavar="TARGET", help=", ".join(EXPORTS))
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="OUT", help="a new or empty directory; of ggml, a new file"
+    )
+    parser.add_argument("--dtype", metavar="TYPE", help="numbers of the weights there, see below")
+    parser.add_argument("--plan", action="store_true", help="only say what would be written")
 
 
 def _add_demo(commands: Any) -> None:
@@ -1004,6 +1044,29 @@ def _run_push(arguments: argparse.Namespace) -> int:
         card=arguments.card,
     )
     print(address, flush=True)
+    return 0
+
+
+def _run_export(arguments: argparse.Namespace) -> int:
+    _quiet_libraries()
+    from usmlite.export import TARGETS, check_new, open_source, plan_export, write_export
+
+    target = TARGETS[arguments.to]
+    if not arguments.plan:
+        # Before the model is read, not after it.
+        target.check_packages()
+        check_new(target, arguments.out)
+    console = _console()
+    with console.status("Reading the model"):
+        source = open_source(arguments.source)
+        plan = plan_export(source, arguments.to, arguments.dtype)
+    console.print(plan.table(source.name))
+    console.print(plan.summary(), markup=False)
+    if arguments.plan:
+        return 0
+    with _bar(f"Writing {arguments.out}") as progress:
+        write_export(source, plan, arguments.out, progress=progress)
+    console.print(f"Written: {arguments.out}", markup=False)
     return 0
 
 

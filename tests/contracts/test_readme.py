@@ -19,7 +19,7 @@ from usmlite.grid import expand
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # These finish in seconds with the small models of the tests; the others are parsed.
-QUICK = ("evaluate", "transcribe", "info")
+QUICK = ("evaluate", "transcribe", "info", "export")
 
 
 def blocks(language: str) -> list[str]:
