@@ -152,7 +152,9 @@ def test_the_bytes_of_a_rate_are_those_of_its_file() -> None:
         problem = Problem.of(layer.weight.detach(), moments, biased=True, damping=DAMPING, rows=rows)
         (found,) = _measured(problem, problem.cost, [spec], 1.0, True)
         scale, columns = problem.rate_scales(Int(8, scale_bits=8), rate, None)
-        solution = solve(problem.matrix, problem.hessian, spec, scale=scale, column_scale=columns)
+        solution = solve(
+            problem.matrix, problem.hessian, spec, scale=scale, column_scale=columns, inward=problem.inward
+        )
         codes = q.quantize(solution.values, scale, None, Int(8), None)
         parts = {
             "codes": codes,
