@@ -47,7 +47,7 @@ def chunks(audio: np.ndarray, size: int) -> list[np.ndarray]:
     return [audio[low : low + size] for low in range(0, len(audio), size)]
 
 
-@pytest.mark.parametrize("size", [1_000, RATE, 5 * RATE])
+@pytest.mark.parametrize("size", [1_000, RATE, 5 * RATE, 45 * RATE])
 def test_what_two_hypotheses_agree_on_is_final_once_and_for_all(size: int) -> None:
     speaker = Speaker()
     updates = list(agreeing(speaker, chunks(counting(70), size)))
@@ -60,8 +60,9 @@ def test_what_two_hypotheses_agree_on_is_final_once_and_for_all(size: int) -> No
     assert starts == sorted(starts)
     assert starts[:68] == pytest.approx(range(1, 69), abs=0.01)
     # What is final leaves the buffer, and no window is longer than the model's.
-    assert max(last - first for first, last in speaker.heard) < 30.0
-    assert max(last - first for first, last in speaker.heard[len(speaker.heard) // 3 :]) < 22.0
+    assert max(last - first for first, last in speaker.heard) <= 30.0
+    if size <= 5 * RATE:
+        assert max(last - first for first, last in speaker.heard[len(speaker.heard) // 3 :]) < 22.0
     assert all(len(told) <= 200 for told in speaker.told)
     # And is told instead: the words up to where the buffer begins.
     assert speaker.told[-1].endswith(f"w{int(np.ceil(speaker.heard[-1][0])) - 1}")
