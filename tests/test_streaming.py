@@ -122,12 +122,25 @@ def test_who_never_agrees_loses_nothing() -> None:
     def hear(audio: np.ndarray, said: str) -> Sequence[TimedText]:
         nonlocal count
         count += 1
-        return [TimedText(0.0, 1.0, "", (word(f"guess{count}", 0.5),))]
+        return [TimedText(0.0, 1.0, "", (word(f"guess{count}", len(audio) / RATE - 0.5),))]
 
     updates = list(agreeing(hear, [samples(1.0)] * 40))
     assert updates[28].final.startswith(" guess")
     assert updates[28].partial == ""
     assert sum(bool(u.final) for u in updates) == 2
+
+
+def test_a_word_far_behind_is_final_without_agreement() -> None:
+    count = 0
+
+    def hear(audio: np.ndarray, said: str) -> Sequence[TimedText]:
+        nonlocal count
+        count += 1
+        return [TimedText(0.0, 2.0, "", (word(f"guess{count}", 0.5), word("sure", 1.0)))]
+
+    updates = list(agreeing(hear, [samples(1.0)] * 11))
+    assert [u.seconds for u in updates if u.final] == [9.0, 10.0]
+    assert "".join(u.final for u in updates) == " guess9 sure"
 
 
 def test_silence_is_not_decoded() -> None:

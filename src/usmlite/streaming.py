@@ -19,6 +19,7 @@ _TRIM_SECONDS = 15.0  # a buffer longer than this gives up the segments that are
 _MOST_SECONDS = WINDOW_SECONDS - 2.0  # and one longer than this gives up whatever it must
 _TOLD = 200  # characters of the text before the buffer that the model is told
 _AT_ONCE = 10.0  # the most audio between two hypotheses, in seconds: they must have something in common
+_OLD_SECONDS = 8.0  # a word this far behind is final, agreed upon or not: what follows will not change it
 _SLACK = 0.1  # seconds by which times of one word may differ between two hypotheses
 _OVERLAP = 5  # words that may be heard again where the buffer begins
 _RELIABLE = 0.5  # share of the final words that may be heard otherwise now
@@ -114,6 +115,8 @@ class _Listener:
         self._samples = np.concatenate([self._samples, samples])
         segments, words = self._listen()
         agreed = _common(self._guess, words)
+        while agreed < len(words) and words[agreed].end < self._now - _OLD_SECONDS:
+            agreed += 1
         new, self._guess = words[:agreed], words[agreed:]
         self._final += new
         self._trim(segments)
