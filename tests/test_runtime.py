@@ -211,6 +211,11 @@ def test_speech_is_heard_side_by_side_and_put_back(monkeypatch: pytest.MonkeyPat
     )  # fmt: skip
     assert found.duration == 70.0
     assert seen == [1.0]
+    # The first stretch takes another window, after the second is done.
+    recognizer, adapter = scripted([0.0, "one", 20.0, 20.0, "cut"], [1.0, "three", 11.0], [0.0, "two", 5.0])
+    found = recognizer.transcribe(noise(70), vad=True, progress=seen.append)
+    assert found.text == "one two three"
+    assert seen == pytest.approx([1.0, 31 / 36, 1.0])
     with pytest.raises(ValueError, match="side by side"):
         recognizer.transcribe(noise(3), vad=True, condition_on_previous_text=True)
 

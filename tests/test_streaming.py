@@ -47,7 +47,7 @@ def chunks(audio: np.ndarray, size: int) -> list[np.ndarray]:
     return [audio[low : low + size] for low in range(0, len(audio), size)]
 
 
-@pytest.mark.parametrize("size", [1_000, RATE, 5 * RATE])
+@pytest.mark.parametrize("size", [1_000, RATE, 5 * RATE, 45 * RATE])
 def test_what_two_hypotheses_agree_on_is_final_once_and_for_all(size: int) -> None:
     speaker = Speaker()
     updates = list(agreeing(speaker, chunks(counting(70), size)))
@@ -60,8 +60,9 @@ def test_what_two_hypotheses_agree_on_is_final_once_and_for_all(size: int) -> No
     assert starts == sorted(starts)
     assert starts[:68] == pytest.approx(range(1, 69), abs=0.01)
     # What is final leaves the buffer, and no window is longer than the model's.
-    assert max(last - first for first, last in speaker.heard) < 30.0
-    assert max(last - first for first, last in speaker.heard[len(speaker.heard) // 3 :]) < 22.0
+    assert max(last - first for first, last in speaker.heard) <= 30.0
+    if size <= 5 * RATE:
+        assert max(last - first for first, last in speaker.heard[len(speaker.heard) // 3 :]) < 22.0
     assert all(len(told) <= 200 for told in speaker.told)
     # And is told instead: the words up to where the buffer begins.
     assert speaker.told[-1].endswith(f"w{int(np.ceil(speaker.heard[-1][0])) - 1}")
@@ -121,12 +122,25 @@ def test_who_never_agrees_loses_nothing() -> None:
     def hear(audio: np.ndarray, said: str) -> Sequence[TimedText]:
         nonlocal count
         count += 1
-        return [TimedText(0.0, 1.0, "", (word(f"guess{count}", 0.5),))]
+        return [TimedText(0.0, 1.0, "", (word(f"guess{count}", len(audio) / RATE - 0.5),))]
 
     updates = list(agreeing(hear, [samples(1.0)] * 40))
     assert updates[28].final.startswith(" guess")
     assert updates[28].partial == ""
     assert sum(bool(u.final) for u in updates) == 2
+
+
+def test_a_word_far_behind_is_final_without_agreement() -> None:
+    count = 0
+
+    def hear(audio: np.ndarray, said: str) -> Sequence[TimedText]:
+        nonlocal count
+        count += 1
+        return [TimedText(0.0, 2.0, "", (word(f"guess{count}", 0.5), word("sure", 1.0)))]
+
+    updates = list(agreeing(hear, [samples(1.0)] * 11))
+    assert [u.seconds for u in updates if u.final] == [9.0, 10.0]
+    assert "".join(u.final for u in updates) == " guess9 sure"
 
 
 def test_silence_is_not_decoded() -> None:

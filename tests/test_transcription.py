@@ -158,7 +158,7 @@ def test_the_microphone_writes_down_what_is_said(
         return played[0]
 
     monkeypatch.setattr("usmlite.microphone.Microphone", microphone)
-    words = ["transcribe", "--mic", "--mic-device", "desk", "--mic-every", "2"]
+    words = ["transcribe", "--mic", "--mic-device", "desk", "--mic-every", "10"]
     assert cli.main([*words, "--format", form, "--word-timestamps"]) == 0
     out, err = capsys.readouterr()
     assert "listening" in err

@@ -77,7 +77,7 @@ class Transcript:
     language: str
 
 
-@dataclass
+@dataclass(eq=False)
 class _Part:
     """A recording on its way through the windows, or as much of it as is heard in one go.
 
@@ -147,7 +147,7 @@ class _Part:
         return replace(word, start=round(start, 3), end=round(end, 3))
 
 
-@dataclass
+@dataclass(eq=False)
 class _Recording:
     """An open recording: its parts, and how many of them are left."""
 

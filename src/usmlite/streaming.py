@@ -18,6 +18,8 @@ from usmlite.models import TimedText, Word
 _TRIM_SECONDS = 15.0  # a buffer longer than this gives up the segments that are final
 _MOST_SECONDS = WINDOW_SECONDS - 2.0  # and one longer than this gives up whatever it must
 _TOLD = 200  # characters of the text before the buffer that the model is told
+_AT_ONCE = 10.0  # the most audio between two hypotheses, in seconds: they must have something in common
+_OLD_SECONDS = 8.0  # a word this far behind is final, agreed upon or not: what follows will not change it
 _SLACK = 0.1  # seconds by which times of one word may differ between two hypotheses
 _OVERLAP = 5  # words that may be heard again where the buffer begins
 _RELIABLE = 0.5  # share of the final words that may be heard otherwise now
@@ -62,13 +64,18 @@ def agreeing(
     for chunk in chunks:
         waiting.append(_checked(chunk))
         held += len(chunk)
-        # A source that was kept waiting may bring more than a window at once.
         while held >= every * SAMPLE_RATE:
+            # A source that was kept waiting may bring a lot.
             samples = np.concatenate(waiting)
-            most = round(max(every, _MOST_SECONDS / 2) * SAMPLE_RATE)
-            yield listener.more(samples[:most])
-            waiting, held = [samples[most:]], max(0, len(samples) - most)
-    yield listener.finish(np.concatenate([*waiting, np.zeros(0, np.float32)]))
+            room = listener.room
+            yield listener.more(samples[:room])
+            waiting, held = [samples[room:]], max(0, len(samples) - room)
+    rest = np.concatenate([*waiting, np.zeros(0, np.float32)])
+    while len(rest) > listener.room:
+        room = listener.room
+        yield listener.more(rest[:room])
+        rest = rest[room:]
+    yield listener.finish(rest)
 
 
 def _checked(chunk: np.ndarray) -> np.ndarray:
@@ -95,6 +102,11 @@ class _Listener:
         return self._start + len(self._samples) / SAMPLE_RATE
 
     @property
+    def room(self) -> int:
+        """Samples that may come at once; never none."""
+        return min(round(WINDOW_SECONDS * SAMPLE_RATE) - len(self._samples), round(_AT_ONCE * SAMPLE_RATE))
+
+    @property
     def _settled(self) -> float:
         """Up to where the text is final, in seconds."""
         return self._final[-1].end if self._final else self._start
@@ -103,6 +115,8 @@ class _Listener:
         self._samples = np.concatenate([self._samples, samples])
         segments, words = self._listen()
         agreed = _common(self._guess, words)
+        while agreed < len(words) and words[agreed].end < self._now - _OLD_SECONDS:
+            agreed += 1
         new, self._guess = words[:agreed], words[agreed:]
         self._final += new
         self._trim(segments)

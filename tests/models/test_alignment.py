@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from small_ctc import CONFIGS, WITHOUT, save_model
+from usmlite.errors import ModelError
 from usmlite.models import CTCAdapter, load_teacher
 from usmlite.models.alignment import Piece, collapse, cut_at_pauses, joined, pause_to_go_on_from, words_of
 from usmlite.runtime import Recognizer, Segment
@@ -120,3 +121,39 @@ def test_long_audio_is_read_window_by_window_without_cutting_words(
     short = recognizer.transcribe(samples[:160_000], timestamps=False)
     assert len(short.segments) == 1
     assert said[: len(short.text.split()) - 1] == short.text.split()[:-1]
+    # Each word is where its labels are, and the words are the text.
+    timed = recognizer.transcribe(samples, word_timestamps=True)
+    words = [word for segment in timed.segments for word in segment.words or ()]
+    assert [word.word.strip() for word in words] == said
+    assert timed.text == found.text
+    step = 0.02 * len(frames) / len(said)
+    assert all(abs(word.end - step * (n + 1)) < 0.5 for n, word in enumerate(words))
+    assert all(a.end <= b.start + 1e-6 for a, b in pairwise(words))
+    assert all(0.99 < word.probability <= 1.0 for word in words)
+    for segment in timed.segments:
+        assert segment.words
+        assert "".join(word.word for word in segment.words).strip() == segment.text
+    # And it streams.
+    chunks = (samples[low : low + 32_000] for low in range(0, len(samples), 32_000))
+    updates = list(recognizer.stream(chunks, every=2.0))
+    assert "".join(update.final for update in updates).split() == said
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"beam_size": 5}, "beam size"),
+        ({"initial_prompt": "a"}, "initial prompt"),
+        ({"hotwords": "a"}, "hotwords"),
+        ({"task": "translate"}, "translate"),
+    ],
+)
+def test_what_a_ctc_model_cannot_do_is_said(
+    changes: dict[str, object], expected: str, adapters: dict[str, CTCAdapter]
+) -> None:
+    adapter = adapters["Wav2Vec2ForCTC"]
+    recognizer = Recognizer(Scripted(adapter), adapter, name="scripted", kind="dense", weights_bytes=1)
+    with pytest.raises(ModelError, match=expected):
+        recognizer.transcribe(np.full(16_000, 0.1, np.float32), **changes)
+    with pytest.raises(ModelError, match="does not tell languages"):
+        recognizer.languages_heard(np.full(16_000, 0.1, np.float32))

@@ -9,6 +9,7 @@ from openai_search import allowed, openai_beams
 from small_whisper import lively
 from usmlite.models.decoding import DecodingOptions, Prompt, Row, _Decoder, decode_greedily
 from usmlite.models.search import decode_by_drawing, decode_with_beams, likeliest
+from usmlite.models.windows import likeliest_languages
 
 PROMPT = Prompt(257, [263])
 TIMED = DecodingOptions(
@@ -119,6 +120,19 @@ def test_slots_go_on_from_other_slots() -> None:
         assert torch.allclose(row, whole.last_hidden_state[0, -1], atol=1e-4)
     with pytest.raises(ValueError, match="side by side"):
         _Decoder(model, encoded[:3]).select([0, 1, 0])
+
+
+def test_languages_are_told_by_their_probabilities() -> None:
+    model, encoded = lively(10)
+    languages = {"en": 40, "de": 90, "fr": 150}
+    found = likeliest_languages(model, encoded, 257, languages)
+    with torch.inference_mode():
+        start = torch.full((5, 1), 257)
+        hidden = model.model.decoder(start, encoder_hidden_states=encoded, use_cache=False)
+        logits = model.proj_out(hidden.last_hidden_state[:, 0])[:, list(languages.values())]
+    for row, expected in zip(found, logits.softmax(dim=-1).tolist(), strict=True):
+        assert row == pytest.approx(dict(zip(languages, expected, strict=True)), abs=1e-5)
+        assert list(row.values()) == sorted(row.values(), reverse=True)
 
 
 def test_texts_are_ranked_by_length_or_penalty() -> None:

@@ -204,6 +204,37 @@ def test_decoding_without_timestamps_gives_one_segment() -> None:
     assert found.mean_logprob < 0
 
 
+def test_what_stands_before_is_hotwords_prompt_and_the_end_of_what_was_said(english: WhisperAdapter) -> None:
+    (start,) = (english._backend.token_to_id("<|startofprev|>"),)
+    assert english._before(Options(), "") == []
+    assert english._before(Options(hotwords=" ", initial_prompt=""), " ") == []
+    found = english._before(Options(hotwords="ho", initial_prompt="pro"), "said")
+    assert found == [start, *words(english, " ho pro said")]
+    # Half of the 40 positions, with the token that begins it; what was said loses its beginning first.
+    found = english._before(Options(hotwords="ho"), "0123456789abcdefghij")
+    assert found == [start, *words(english, " ho" + "456789abcdefghij")]
+    found = english._before(Options(initial_prompt="x" * 50), "said")
+    assert found == [start, *words(english, " " + "x" * 18)]
+
+
+def test_prompts_of_any_length_change_each_window_by_itself() -> None:
+    model, adapter = small_teacher(max_target_positions=40)
+    features = torch.randn(3, 8, 3000, generator=torch.Generator().manual_seed(0))
+    previous = ["said", "", "another one"]
+    together = adapter.decode(model, features, previous=previous, max_new_tokens=5)
+    alone = [
+        adapter.decode(model, features[row : row + 1], previous=previous[row : row + 1], max_new_tokens=5)[0]
+        for row in range(3)
+    ]
+    assert [each.tokens for each in together] == [each.tokens for each in alone]
+    assert [each.mean_logprob for each in together] == pytest.approx(
+        [e.mean_logprob for e in alone], rel=1e-3
+    )
+    plain = adapter.decode(model, features, max_new_tokens=5)
+    assert plain[1].mean_logprob == pytest.approx(together[1].mean_logprob, rel=1e-3)
+    assert plain[0].mean_logprob != pytest.approx(together[0].mean_logprob, rel=1e-4)
+
+
 def test_every_matrix_of_the_model_is_compressible_or_computed() -> None:
     model, adapter = small_teacher(encoder_layers=2, decoder_layers=3)
     kinds = adapter.compressible(model)
