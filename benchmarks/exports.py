@@ -256,7 +256,7 @@ def table(results: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        f"`{settings['model']}`, {settings['utterances']} utterances, greedy, {settings['threads']} threads. "
+        f"`{settings['model']}`, {settings['utterances']} utterances, greedy. "
         f"Machine: {results['machine']['cpu']}.",
     ]
     lines.append(", ".join(f"{package} {version}" for package, version in sorted(versions.items())) + ".")

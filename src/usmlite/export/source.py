@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from usmlite import packfile
+from usmlite import hub, packfile
 from usmlite.info import describe
 from usmlite.kernels import ExpandedWeight
 from usmlite.load import dense_recognizer, load
@@ -105,9 +105,13 @@ def open_source(source: str | Path) -> Source:
         PackedModelError: a damaged packed model.
         TrainingError: a damaged student.
     """
-    recognizer = load(source, hold="int8")
+    # A packed model on the hub is fetched once, for what it holds and for what it says of it.
+    named = None if Path(source).is_dir() else hub.parse(source)
+    place = (None if named is None else hub.fetch_packed(*named)) or source
+    recognizer = load(place, hold="int8")
+    recognizer.name = str(source)
     if recognizer.kind == "packed":
-        rows = describe(source, CompressionSpec()).rows
+        rows = describe(place, CompressionSpec()).rows
         tensors = {row.name: Stored(row.name, row.shape, row.kind, row.spec, row.bytes) for row in rows}
         return Source(recognizer, tensors)
     return Source(recognizer, _dense_tensors(recognizer.model, recognizer.adapter))
