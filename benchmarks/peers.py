@@ -229,14 +229,20 @@ def faster_whisper(kind: str, place: Place) -> Made:
     from ctranslate2.converters import (  # type: ignore[import-not-found, unused-ignore]
         TransformersConverter,
     )
-    from faster_whisper import WhisperModel  # type: ignore[import-not-found, unused-ignore]
 
     directory = place.folder / "ctranslate2"
     converter = TransformersConverter(
         str(place.transformers_directory()), copy_files=["tokenizer.json"], low_cpu_mem_usage=True
     )
     converter.convert(str(directory), quantization=kind)
-    model = WhisperModel(str(directory), device="cpu", compute_type=kind, cpu_threads=place.threads)
+    return Made(open_faster_whisper(directory, kind, place.threads), directory / "model.bin")
+
+
+def open_faster_whisper(directory: Path, kind: str, threads: int) -> Transcribe:
+    """A model of CTranslate2, to transcribe by the rules of this comparison."""
+    from faster_whisper import WhisperModel  # type: ignore[import-not-found, unused-ignore]
+
+    model = WhisperModel(str(directory), device="cpu", compute_type=kind, cpu_threads=threads)
 
     def transcribe(audios: Sequence[np.ndarray]) -> list[str]:
         texts = []
@@ -248,18 +254,23 @@ def faster_whisper(kind: str, place: Place) -> Made:
             texts.append(" ".join(segment.text.strip() for segment in segments))
         return texts
 
-    return Made(transcribe, directory / "model.bin")
+    return transcribe
 
 
 def whisper_cpp(kind: str, place: Place) -> Made:
     """whisper.cpp through pywhispercpp, with a file that `ggml_whisper` writes."""
-    from pywhispercpp.model import Model  # type: ignore[import-not-found, unused-ignore]
-
     file = place.folder / f"ggml-{kind}.bin"
     ggml_whisper.write(place.teacher, file, kind)
+    return Made(open_whisper_cpp(file, place.threads), file)
+
+
+def open_whisper_cpp(file: Path, threads: int) -> Transcribe:
+    """A ggml file, to transcribe by the rules of this comparison."""
+    from pywhispercpp.model import Model  # type: ignore[import-not-found, unused-ignore]
+
     # Tokens that are no speech are suppressed as by openai/whisper, Transformers and faster-whisper.
     model = Model(
-        str(file), n_threads=place.threads, redirect_whispercpp_logs_to=None, print_progress=False,
+        str(file), n_threads=threads, redirect_whispercpp_logs_to=None, print_progress=False,
         print_realtime=False, language="en", no_context=True, temperature=0.0, temperature_inc=0.0,
         greedy={"best_of": 1}, suppress_blank=True, suppress_nst=True,
     )  # fmt: skip
@@ -271,7 +282,7 @@ def whisper_cpp(kind: str, place: Place) -> Made:
             texts.append(" ".join(segment.text.strip() for segment in segments))
         return texts
 
-    return Made(transcribe, file)
+    return transcribe
 
 
 # In the order of the table.
