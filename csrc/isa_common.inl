@@ -3,28 +3,38 @@
 // one copy of these for the whole library, and it might be one that only some processors can run.
 
 constexpr float kLargest = 3.402823466e+38f;
+constexpr int kLanes = 16;  // sums and extremes of long rows are kept for so many interleaved parts
 
 inline float larger(float a, float b) { return a > b ? a : b; }
 inline float smaller(float a, float b) { return a < b ? a : b; }
 
 template <uint8_t kFlip>
 void quantize(const float* x, const float* column_scale, size_t count, uint8_t* codes, float* scale, int32_t* zero) {
+  // In lanes, because an order of its own is all that keeps the compiler from vectors.
+  float lows[kLanes] = {}, highs[kLanes] = {};
+  int bads[kLanes] = {};
+  size_t begin = 0;
+  for (; begin + kLanes <= count; begin += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const size_t k = begin + static_cast<size_t>(lane);
+      const float value = column_scale == nullptr ? x[k] : x[k] * column_scale[k];
+      lows[lane] = smaller(value, lows[lane]);
+      highs[lane] = larger(value, highs[lane]);
+      bads[lane] |= !(value <= kLargest && value >= -kLargest);
+    }
+  }
+  for (size_t k = begin; k < count; ++k) {
+    const float value = column_scale == nullptr ? x[k] : x[k] * column_scale[k];
+    lows[0] = smaller(value, lows[0]);
+    highs[0] = larger(value, highs[0]);
+    bads[0] |= !(value <= kLargest && value >= -kLargest);
+  }
   float low = 0.0f, high = 0.0f;
   int bad = 0;
-  if (column_scale == nullptr) {
-    for (size_t k = 0; k < count; ++k) {
-      const float value = x[k];
-      low = smaller(value, low);
-      high = larger(value, high);
-      bad |= !(value <= kLargest && value >= -kLargest);
-    }
-  } else {
-    for (size_t k = 0; k < count; ++k) {
-      const float value = x[k] * column_scale[k];
-      low = smaller(value, low);
-      high = larger(value, high);
-      bad |= !(value <= kLargest && value >= -kLargest);
-    }
+  for (int lane = 0; lane < kLanes; ++lane) {
+    low = smaller(lows[lane], low);
+    high = larger(highs[lane], high);
+    bad |= bads[lane];
   }
   // Halves first: the difference of two large numbers may be too large.
   const float step = (high * 0.5f - low * 0.5f) * (2.0f / 255.0f);

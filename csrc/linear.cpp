@@ -3,11 +3,10 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <vector>
 
+#include "scratch.hpp"
 #include "threads.hpp"
 
 namespace usmlite {
@@ -19,44 +18,6 @@ constexpr size_t kMany = 12;
 constexpr size_t kChunk = 240;
 // The same where activations stay float32: their blocks take four times the memory.
 constexpr size_t kManyFloats = 48;
-// Products for which waking another thread is worth it.
-constexpr double kWorth = 400e3;
-
-// Memory without a constructor, aligned to cache lines, kept by the thread from call to call.
-class Scratch {
- public:
-  void* get(size_t bytes) {
-    if (bytes > size_) {
-      memory_.reset();
-      size_ = 0;
-      memory_.reset(static_cast<char*>(::operator new(bytes, std::align_val_t{64})));
-      size_ = bytes;
-    }
-    return memory_.get();
-  }
-  // Gives back what only one large call needed.
-  void trim() {
-    if (size_ > kKept) {
-      memory_.reset();
-      size_ = 0;
-    }
-  }
-
- private:
-  static constexpr size_t kKept = 16u << 20;
-  struct Free {
-    void operator()(char* memory) const { ::operator delete(memory, std::align_val_t{64}); }
-  };
-  std::unique_ptr<char, Free> memory_;
-  size_t size_ = 0;
-};
-
-size_t rounded(size_t bytes) { return (bytes + 63) / 64 * 64; }
-
-int threads_for(double products, int threads) {
-  return std::max(1, std::min(threads, static_cast<int>(std::min(products / kWorth, 1024.0))));
-}
-
 // Everything that the threads share while they compute one product.
 struct Product {
   const Weight& weight;
@@ -65,6 +26,7 @@ struct Product {
   float* y;
   size_t count;
   bool whole;
+  Then then;
   // Activations: codes with a scale and a zero a row, or floats.
   const uint8_t* codes = nullptr;
   const float* scales = nullptr;
@@ -139,12 +101,16 @@ struct Product {
   void finish(size_t s, size_t first, size_t i, int rows, int columns, const void* sums) const {
     const float* step = weight.steps(weight.segments()[s].group) + first;
     const float* added = s == 0 && bias != nullptr ? bias + first : nullptr;
+    const bool add = s != 0 || then == Then::kAdd;
     float* out = y + i * weight.rows() + first;
     if (whole) {
       isa.finish(static_cast<const int32_t*>(sums), columns, rows, scales + i, zeros + i, step,
-                 weight.level_sums(s) + first, added, s != 0, out, weight.rows());
+                 weight.level_sums(s) + first, added, add, out, weight.rows());
     } else {
-      isa.finish_float(static_cast<const float*>(sums), columns, rows, step, added, s != 0, out, weight.rows());
+      isa.finish_float(static_cast<const float*>(sums), columns, rows, step, added, add, out, weight.rows());
+    }
+    if (then == Then::kGelu && s + 1 == weight.segments().size()) {
+      for (int c = 0; c < columns; ++c, out += weight.rows()) isa.gelu(out, static_cast<size_t>(rows), out);
     }
   }
 };
@@ -152,13 +118,13 @@ struct Product {
 }  // namespace
 
 void linear(const Weight& weight, const float* x, size_t count, size_t x_stride, const float* bias, float* y,
-            bool whole, const Isa& isa, int threads) {
+            bool whole, const Isa& isa, int threads, Then then) {
   const size_t rows = weight.rows(), columns = weight.columns();
   if (count == 0 || rows == 0) return;
   const double products = static_cast<double>(count) * static_cast<double>(rows) * static_cast<double>(columns);
   threads = threads_for(products, threads);
 
-  Product product{weight, isa, bias, y, count, whole};
+  Product product{weight, isa, bias, y, count, whole, then};
   const size_t padded = rounded(columns + kPad);
   const float* column_scale = weight.column_scale();
   size_t longest = 0;

@@ -25,6 +25,10 @@ from usmlite.kernels.weights import ExpandedWeight, PackedWeight
 if TYPE_CHECKING:
     import usmlite.kernels._native as _native
 
+    BlockParts: TypeAlias = tuple[
+        tuple[tuple[int, int], tuple[int, int], float], list[tuple[_native.Weight, tuple[int, int]]]
+    ]
+
 
 def _load() -> ModuleType | None:
     try:
@@ -75,7 +79,20 @@ def warn_if_missing() -> None:
         )
 
 
-def _binding() -> ModuleType:
+def number(path: str | None) -> int:
+    """The number that the library knows an instruction set by; None is the chosen one.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    path = path or chosen()
+    if path not in paths():
+        raise ValueError(f"no path {path!r} here, only {', '.join(paths())}")
+    return paths().index(path)
+
+
+def library() -> ModuleType:
+    """The binding of csrc/; RuntimeError where it is missing."""
     if _library is None:
         raise RuntimeError("the native library is not there")
     return _library
@@ -109,7 +126,7 @@ def decode_stream(
         raise ValueError("impossible frequencies")
     table = _checked(frequencies.astype(np.uint16), np.uint16)
     out = np.empty((len(rows), len(columns)), np.uint8)
-    _binding().rans_decode(
+    library().rans_decode(
         _array(stream), bits, lowest, _array(rows), _array(columns), len(table), _array(table), _array(out)
     )
     return out
@@ -200,7 +217,7 @@ def prepare(
     columns = None if weight.column_scale is None else weight.column_scale.to(torch.float32).contiguous()
     if columns is not None:
         column_scale = _memory(columns, torch.float32)
-    handle = _binding().Weight(
+    handle = library().Weight(
         weight.rows,
         weight.columns,
         min(weight.group or 0, weight.columns),
@@ -248,6 +265,15 @@ def _memory(tensor: Tensor, dtype: torch.dtype) -> tuple[int, int]:
     if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
         raise ValueError(f"expected contiguous {dtype} in memory, got {tensor.dtype} on {tensor.device}")
     return tensor.data_ptr(), tensor.nbytes
+
+
+def memory(tensor: Tensor) -> tuple[int, int]:
+    """Address and bytes of float32 numbers, one after the other in memory.
+
+    Raises:
+        ValueError: it is another dtype, elsewhere, or not contiguous.
+    """
+    return _memory(tensor, torch.float32)
 
 
 def suits(x: Tensor) -> bool:
@@ -336,6 +362,7 @@ def _multiply(
         weight.activations == "int8",
         weight.path,
         torch.get_num_threads(),
+        0,
     )
 
 

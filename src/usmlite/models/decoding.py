@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from usmlite.models.engine import native_decoder
+
 SECONDS_PER_TIMESTAMP = 0.02
 TIMESTAMPS = 1501  # <|0.00|> to <|30.00|>
 _CACHE_CHUNK = 64  # positions by which the self-attention cache grows
@@ -186,7 +188,7 @@ def decode_greedily(
         One finished row for each row of `encoded`, in order. `language` is set where it was found out.
     """
     device = encoded.device
-    decoder = _Decoder(model, encoded)
+    decoder = native_decoder(model, encoded) or _Decoder(model, encoded)
     batch = encoded.shape[0]
     finished = [Row(index) for index in range(batch)]
     running = list(finished)

@@ -46,6 +46,7 @@ from usmlite.models.decoding import (
     Row,
     decode_greedily,
 )
+from usmlite.models.engine import encode
 from usmlite.network import IGNORED
 
 TASKS = ("transcribe", "translate")
@@ -381,7 +382,7 @@ class WhisperAdapter(Adapter):
         encoder = network.model.encoder
         norm = encoder.layer_norm.weight  # norms are kept as they are by every compression
         with torch.inference_mode():
-            encoded = encoder(features.to(norm.device, norm.dtype)).last_hidden_state
+            encoded = encode(network, features.to(norm.device, norm.dtype))
             if self.is_multilingual and code is None:
                 rows = decode_greedily(
                     model,
