@@ -1,9 +1,9 @@
 """How fast the runtimes that people use transcribe the same audio on this machine's processor, side by side.
 
     pip install faster-whisper pywhispercpp
-    python benchmarks/runtimes.py --data LIBRISPEECH/test                       60 utterances, 1 and 2 threads
-    python benchmarks/runtimes.py --data LIBRISPEECH/test --packed DIR --save   results/runtimes.json and
-                                                                                the table of docs/performance.md
+    python benchmarks/runtimes.py --data LIBRISPEECH/test           60 utterances, 1 and 2 threads
+    python benchmarks/runtimes.py --data LIBRISPEECH/test --save    results/runtimes.json and the tables of
+                                                                    docs/performance.md
 
 Every runtime has a process of its own, is loaded once, and hears one utterance after the other; each
 utterance goes through all of them, in an order that turns, before the next one comes. All decode greedily, in
@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
+import json
 import multiprocessing
 import os
 import shutil
@@ -101,9 +103,7 @@ def generate(source: str) -> Transcribe:
             window = torch.zeros(1, 480_000)
             window[0, : len(audio)] = torch.from_numpy(audio)
             with torch.inference_mode():
-                tokens = model.generate(
-                    adapter.features(window), do_sample=False, num_beams=1, return_timestamps=False, **language
-                )
+                tokens = model.generate(adapter.features(window), do_sample=False, num_beams=1, **language)
             texts.append(adapter.decode_text([token for token in tokens[0].tolist() if token < adapter.end]))
         return texts
 
@@ -113,10 +113,9 @@ def generate(source: str) -> Transcribe:
 def serve(pipe: Connection, name: str, source: str, threads: int, first: np.ndarray) -> None:
     """One runtime: loads, then answers each utterance with its text, wall and processor seconds."""
     torch.set_num_threads(threads)
-    if name == FASTER_WHISPER:
-        util.find_spec("faster_whisper") and __import__("faster_whisper")
-    elif name in CPP:
-        __import__("pywhispercpp.model")
+    module = {FASTER_WHISPER: "faster_whisper"} | dict.fromkeys(CPP, "pywhispercpp.model")
+    if name in module:
+        importlib.import_module(module[name])
     before = resident()
     peak = PeakMemory()
     start, spent = time.perf_counter(), time.process_time()
@@ -255,11 +254,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--data", type=Path, required=True, help="a corpus with texts")
     parser.add_argument("--model", default="tiny.en", help="the dense model (default: tiny.en)")
-    parser.add_argument("--packed", nargs="+", default=[DEFAULT], help="packed models of it, the first compared")
+    parser.add_argument(
+        "--packed", nargs="+", default=[DEFAULT], help="packed models of it, the first compared"
+    )
     parser.add_argument("--utterances", type=int, default=60, help="how many (default: 60)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="default: 1 2")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these runtimes, and ours")
-    parser.add_argument("--save", action="store_true", help=f"add to {RESULT.name}, rewrite the page's tables")
+    parser.add_argument(
+        "--save", action="store_true", help=f"add to {RESULT.name}, rewrite the page's tables"
+    )
     options = parser.parse_args(arguments)
     utterances = chosen(options.data, options.utterances)
     audios = [load_audio(utterance.audio)[: 30 * 16_000] for utterance in utterances]
@@ -287,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "versions": installed(),
             "runs": runs,
         }
-        results = __import__("json").loads(RESULT.read_text()) if RESULT.is_file() else {}
+        results = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
         results[options.model] = result
         write_json(RESULT, results)
         before, rest = PAGE.read_text(encoding="utf-8").split(START)

@@ -58,7 +58,7 @@ inline float largest_of(const float* x, size_t count) {
 }
 
 template <uint8_t kFlip>
-float weigh(const float* scores, size_t count, uint8_t* codes, int32_t* sum) {
+[[maybe_unused]] float weigh(const float* scores, size_t count, uint8_t* codes, int32_t* sum) {
   const float top = largest_of(scores, count);
   int32_t total = 0;
   for (size_t k = 0; k < count; ++k) {
@@ -70,7 +70,7 @@ float weigh(const float* scores, size_t count, uint8_t* codes, int32_t* sum) {
   return top;
 }
 
-float reach(const float* x, size_t count) {
+[[maybe_unused]] float reach(const float* x, size_t count) {
   float lanes[kLanes] = {};
   int bads[kLanes] = {};
   size_t begin = 0;
@@ -94,7 +94,7 @@ float reach(const float* x, size_t count) {
   return bad ? 0.0f * (kLargest + kLargest) : lanes[0];
 }
 
-void round_levels(const float* x, const float* inverse, size_t count, int8_t* levels) {
+[[maybe_unused]] void round_levels(const float* x, const float* inverse, size_t count, int8_t* levels) {
   for (size_t k = 0; k < count; ++k) {
     // Away from zero by adding first; `larger` takes its second argument where the first is not a number.
     const float shifted = smaller(larger(x[k] * inverse[k] + 128.5f, 1.0f), 255.0f);

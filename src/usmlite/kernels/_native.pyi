@@ -12,7 +12,6 @@ def rans_decode(
     frequencies: tuple[int, int],
     out: tuple[int, int],
 ) -> None: ...
-
 def attend(
     queries: tuple[int, int],
     keys: tuple[int, int],

@@ -1,9 +1,9 @@
 """The native library's operations on whole layers: attention, norms, and both sides of a Whisper model.
 
-Attention multiplies in whole numbers like `native.linear` with rounded activations: each query and each key is
-rounded to a byte, keys less their mean (which no softmax notices); the weights of the softmax to 256 steps of
-the largest in a block of 256 positions; values to a byte with a scale for each column and block. That is
-the scheme of SageAttention (Zhang et al. 2024, arXiv 2410.02367) with whole numbers on both sides.
+Attention multiplies in whole numbers, as `native.linear` does with rounded activations. Each query and each
+key is rounded to a byte, keys less their mean, which no softmax notices; the weights of the softmax to 256
+steps of the largest in a block of 256 positions; values to a byte, with a scale for each column and block.
+That is the scheme of SageAttention (Zhang et al. 2024, arXiv 2410.02367) with whole numbers on both sides.
 
 Everything here needs the library; `usmlite.models.engine` falls back where it is missing.
 """
@@ -62,7 +62,7 @@ class Encoder:
         self._handle = native.library().Encoder(parts, _norm(last), self._width, heads, path, owner)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Runs float32 `[batch, positions, width]`, contiguous, through all layers; overwrites and returns it."""
+        """Overwrites float32 `[batch, positions, width]`, contiguous, with what comes out; returns it."""
         _check(x, self._width)
         for window in x:
             self._handle.run(native.memory(window), window.shape[0], torch.get_num_threads())
@@ -141,7 +141,9 @@ def attention(
         ValueError: shapes do not fit together.
     """
     if query.dim() != 2 or key.shape != value.shape or key.shape[1:] != query.shape[1:] or heads < 1:
-        raise ValueError(f"{list(query.shape)}, {list(key.shape)} and {list(value.shape)} do not fit together")
+        raise ValueError(
+            f"{list(query.shape)}, {list(key.shape)} and {list(value.shape)} do not fit together"
+        )
     if len(key) < 1 or query.shape[1] % heads or not query.shape[1]:
         raise ValueError(f"no {heads} heads in {list(key.shape)}")
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()

@@ -1,4 +1,4 @@
-"""Whisper's encoder and decoder in the native library, where all of a model's layers are weights that it takes.
+"""Whisper's encoder and decoder in the native library, where it takes all of a model's weights.
 
 What is not there for the library (dense and student models, other devices and dtypes, gradients) runs through
 the modules of Transformers and torch instead; `decoding` says how.
@@ -101,9 +101,11 @@ def _blocks(side: Any, attentions: Iterable[str]) -> list[list[layers.Block]] | 
     """The layers of one side; None if the library does not take one of them."""
     found = []
     for layer in side.layers:
-        places = [(getattr(layer, f"{name}_layer_norm"), getattr(layer, name), _ATTENTION) for name in attentions]
-        places.append((layer.final_layer_norm, layer, _FEED))
-        blocks = [_block(norm, owner, names) for norm, owner, names in places]
+        blocks = [
+            _block(getattr(layer, f"{name}_layer_norm"), getattr(layer, name), _ATTENTION)
+            for name in attentions
+        ]
+        blocks.append(_block(layer.final_layer_norm, layer, _FEED))
         if any(block is None for block in blocks):
             return None
         found.append([block for block in blocks if block is not None])
