@@ -72,19 +72,23 @@ Weight make_weight(size_t rows, size_t columns, size_t group, int bits, int doub
   return Weight(parts);
 }
 
-void linear(Weight& weight, Memory x, size_t count, size_t x_stride, Memory bias, Memory y, bool whole, size_t path,
-            int threads, int then) {
+void linear(Weight& weight, Memory x, size_t count, size_t x_stride, Memory bias, Memory y, int activations,
+            size_t path, int threads, int then) {
   if (count == 0) return;
-  if (then < 0 || then > static_cast<int>(usmlite::Then::kAdd)) throw std::invalid_argument("nothing of this kind");
+  if (then < 0 || then > static_cast<int>(usmlite::Then::kAdd) || activations < 0 ||
+      activations > static_cast<int>(usmlite::Activations::kPairs)) {
+    throw std::invalid_argument("nothing of this kind");
+  }
+  const auto how = static_cast<usmlite::Activations>(activations);
   const size_t last = product(count - 1, x_stride);
   if (last > SIZE_MAX - weight.columns()) throw std::invalid_argument("sizes are too large");
   const float* from = numbers<const float>(x, last + weight.columns(), "x is too small");
   float* to = numbers<float>(y, product(count, weight.rows()), "y is too small");
   const float* added = bias.first == 0 ? nullptr : numbers<const float>(bias, weight.rows(), "bias is too small");
   const Isa& isa = isa_of(path);
-  if (whole) weight.compute_sums(isa, threads);  // while the interpreter's lock keeps others out
+  if (how != usmlite::Activations::kFloats) weight.compute_sums(isa, threads);  // while the interpreter's lock keeps others out
   nb::gil_scoped_release free;
-  usmlite::linear(weight, from, count, x_stride, added, to, whole, isa, threads, static_cast<usmlite::Then>(then));
+  usmlite::linear(weight, from, count, x_stride, added, to, how, isa, threads, static_cast<usmlite::Then>(then));
 }
 
 void gather(const Weight& weight, Memory ids, size_t count, Memory out, size_t path, int threads) {

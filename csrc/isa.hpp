@@ -63,6 +63,9 @@ struct Isa {
 
   // codes[k] = 255 * 2^(scores[k] - top), rounded, for count >= 1 scores; their sum. Returns `top`, the largest.
   float (*weigh)(const float* scores, size_t count, uint8_t* codes, int32_t* sum);
+  // rest[k] = x[k] * column_scale[k] (may be null) less what its code from `quantize` stands for.
+  void (*remainder)(const float* x, const float* column_scale, size_t count, const uint8_t* codes, float scale,
+                    int32_t zero, float* rest);
   // The largest |x[k]|; NaN where one of them is not finite.
   float (*reach)(const float* x, size_t count);
   // levels[k] = x[k] * inverse[k], rounded to -127 .. 127.

@@ -277,7 +277,7 @@ extern const Isa kAvx512;
 const Isa kAvx512 = {
     "avx512vnni", available, 12, 0, 0, 1, quantize512, dot512, dot_float512, pack512, pack_float, multiply512,
     multiply_float512, finish512, finish_float, unpack512, unpack_2of4_512,
-    weigh512, reach512, round_levels512, attend_floats, normalize, gelu,
+    weigh512, remainder<0>, reach512, round_levels512, attend_floats, normalize, gelu,
 };
 
 }  // namespace usmlite

@@ -70,6 +70,16 @@ template <uint8_t kFlip>
   return top;
 }
 
+template <uint8_t kFlip>
+void remainder(const float* x, const float* column_scale, size_t count, const uint8_t* codes, float scale, int32_t zero,
+               float* rest) {
+  for (size_t k = 0; k < count; ++k) {
+    const int32_t code = static_cast<int32_t>(static_cast<uint8_t>(codes[k] ^ kFlip));
+    const float value = column_scale == nullptr ? x[k] : x[k] * column_scale[k];
+    rest[k] = value - scale * static_cast<float>(code - zero);
+  }
+}
+
 [[maybe_unused]] float reach(const float* x, size_t count) {
   float lanes[kLanes] = {};
   int bads[kLanes] = {};

@@ -27,7 +27,8 @@ struct Product {
   size_t count;
   bool whole;
   Then then;
-  // Activations: codes with a scale and a zero a row, or floats.
+  // Activations: codes with a scale and a zero a row, of what was rounded away after those of all rows; or floats.
+  size_t terms = 1;
   const uint8_t* codes = nullptr;
   const float* scales = nullptr;
   const int32_t* zeros = nullptr;
@@ -60,29 +61,45 @@ struct Product {
       for (int r = 0; r < kRows; ++r) part[r] = levels[r] + low;
       if (many) (whole ? isa.pack : isa.pack_float)(part, length, packed);
       const size_t step = static_cast<size_t>(many ? isa.block : kColumns);
-      for (size_t i = begin; i < end; i += step) {
-        const int columns = static_cast<int>(std::min(step, end - i));
-        if (whole) {
-          int32_t* out = static_cast<int32_t*>(sums);
-          const uint8_t* x = codes + i * stride + low;
-          if (many) {
-            prefetch(first, i, columns);
-            isa.multiply(packed, x, stride, columns, length, out);
-          } else {
-            for (int r = 0; r < rows; r += 4) isa.dot(part + r, x, stride, columns, length, out + r);
-          }
-        } else {
-          float* out = static_cast<float*>(sums);
-          const float* x = values + i * stride + low;
-          if (many) {
-            prefetch(first, i, columns);
-            isa.multiply_float(packed, x, stride, columns, length, out);
-          } else {
-            for (int r = 0; r < rows; r += 4) isa.dot_float(part + r, x, stride, columns, length, out + r);
-          }
-        }
-        finish(s, first, i, rows, columns, sums);
+      if (!many && terms == 2) {
+        compute_pairs(part, s, first, rows, begin, end, static_cast<int32_t*>(sums));
+        continue;
       }
+      for (size_t term = 0; term < terms; ++term) {
+        for (size_t i = begin; i < end; i += step) {
+          const int columns = static_cast<int>(std::min(step, end - i));
+          if (many) prefetch(first, i, columns);
+          if (whole) {
+            int32_t* out = static_cast<int32_t*>(sums);
+            const uint8_t* x = codes + (term * count + i) * stride + low;
+            if (many) {
+              isa.multiply(packed, x, stride, columns, length, out);
+            } else {
+              for (int r = 0; r < rows; r += 4) isa.dot(part + r, x, stride, columns, length, out + r);
+            }
+          } else {
+            float* out = static_cast<float*>(sums);
+            const float* x = values + i * stride + low;
+            if (many) {
+              isa.multiply_float(packed, x, stride, columns, length, out);
+            } else {
+              for (int r = 0; r < rows; r += 4) isa.dot_float(part + r, x, stride, columns, length, out + r);
+            }
+          }
+          finish(s, term, first, i, rows, columns, sums);
+        }
+      }
+    }
+  }
+
+  // Both terms of a row of activations side by side: the weight is read once.
+  void compute_pairs(const int8_t* const* part, size_t s, size_t first, int rows, size_t begin, size_t end,
+                     int32_t* sums) const {
+    const size_t low = weight.segments()[s].begin, length = weight.segments()[s].end - low;
+    for (size_t i = begin; i < end; ++i) {
+      for (int r = 0; r < rows; r += 4) isa.dot(part + r, codes + i * stride + low, count * stride, 2, length, sums + r);
+      finish(s, 0, first, i, rows, 1, sums);
+      finish(s, 1, first, i, rows, 1, sums + kRows);
     }
   }
 
@@ -98,18 +115,19 @@ struct Product {
 #endif
   }
 
-  void finish(size_t s, size_t first, size_t i, int rows, int columns, const void* sums) const {
+  void finish(size_t s, size_t term, size_t first, size_t i, int rows, int columns, const void* sums) const {
     const float* step = weight.steps(weight.segments()[s].group) + first;
-    const float* added = s == 0 && bias != nullptr ? bias + first : nullptr;
-    const bool add = s != 0 || then == Then::kAdd;
+    const bool opening = s == 0 && term == 0;
+    const float* added = opening && bias != nullptr ? bias + first : nullptr;
+    const bool add = !opening || then == Then::kAdd;
     float* out = y + i * weight.rows() + first;
     if (whole) {
-      isa.finish(static_cast<const int32_t*>(sums), columns, rows, scales + i, zeros + i, step,
+      isa.finish(static_cast<const int32_t*>(sums), columns, rows, scales + term * count + i, zeros + term * count + i, step,
                  weight.level_sums(s) + first, added, add, out, weight.rows());
     } else {
       isa.finish_float(static_cast<const float*>(sums), columns, rows, step, added, add, out, weight.rows());
     }
-    if (then == Then::kGelu && s + 1 == weight.segments().size()) {
+    if (then == Then::kGelu && s + 1 == weight.segments().size() && term + 1 == terms) {
       for (int c = 0; c < columns; ++c, out += weight.rows()) isa.gelu(out, static_cast<size_t>(rows), out);
     }
   }
@@ -118,13 +136,16 @@ struct Product {
 }  // namespace
 
 void linear(const Weight& weight, const float* x, size_t count, size_t x_stride, const float* bias, float* y,
-            bool whole, const Isa& isa, int threads, Then then) {
+            Activations activations, const Isa& isa, int threads, Then then) {
+  const bool whole = activations != Activations::kFloats;
   const size_t rows = weight.rows(), columns = weight.columns();
   if (count == 0 || rows == 0) return;
   const double products = static_cast<double>(count) * static_cast<double>(rows) * static_cast<double>(columns);
   threads = threads_for(products, threads);
 
   Product product{weight, isa, bias, y, count, whole, then};
+  product.terms = activations == Activations::kPairs ? 2 : 1;
+  const size_t all = product.terms * count;
   const size_t padded = rounded(columns + kPad);
   const float* column_scale = weight.column_scale();
   size_t longest = 0;
@@ -134,7 +155,10 @@ void linear(const Weight& weight, const float* x, size_t count, size_t x_stride,
   product.own = product.levels_bytes + product.panel + rounded(sizeof(float) * kRows * kMostBlock);
   const size_t own_bytes = product.own * static_cast<size_t>(threads);
   const bool scaled = !whole && column_scale != nullptr;
-  const size_t codes_bytes = whole ? count * padded + rounded(2 * sizeof(float) * count) : 0;
+  // Behind the codes come their scales and zeros, and a row of floats for each thread.
+  const size_t row_bytes = product.terms > 1 ? rounded(columns * sizeof(float)) : 0;
+  const size_t codes_bytes =
+      whole ? all * padded + rounded(2 * sizeof(float) * all) + row_bytes * static_cast<size_t>(threads) : 0;
   const size_t values_bytes = scaled ? count * padded * sizeof(float) : 0;
   thread_local Scratch scratch;
   char* memory = static_cast<char*>(scratch.get(own_bytes + codes_bytes + values_bytes));
@@ -142,13 +166,21 @@ void linear(const Weight& weight, const float* x, size_t count, size_t x_stride,
 
   if (whole) {
     uint8_t* codes = reinterpret_cast<uint8_t*>(memory + own_bytes);
-    float* scales = reinterpret_cast<float*>(codes + count * padded);
-    int32_t* zeros = reinterpret_cast<int32_t*>(scales + count);
+    float* scales = reinterpret_cast<float*>(codes + all * padded);
+    int32_t* zeros = reinterpret_cast<int32_t*>(scales + all);
+    char* rows_of_floats = reinterpret_cast<char*>(scales) + rounded(2 * sizeof(float) * all);
     constexpr size_t kBlock = 16;
-    auto quantize = [&](size_t task, int) {
+    auto quantize = [&](size_t task, int worker) {
+      float* rest = reinterpret_cast<float*>(rows_of_floats + row_bytes * static_cast<size_t>(worker));
       for (size_t i = task * kBlock; i < std::min(count, (task + 1) * kBlock); ++i) {
-        isa.quantize(x + i * x_stride, column_scale, columns, codes + i * padded, scales + i, zeros + i);
-        std::memset(codes + i * padded + columns, 0, padded - columns);
+        uint8_t* row = codes + i * padded;
+        isa.quantize(x + i * x_stride, column_scale, columns, row, scales + i, zeros + i);
+        std::memset(row + columns, 0, padded - columns);
+        if (product.terms == 1) continue;
+        isa.remainder(x + i * x_stride, column_scale, columns, row, scales[i], zeros[i], rest);
+        uint8_t* second = row + count * padded;
+        isa.quantize(rest, nullptr, columns, second, scales + count + i, zeros + count + i);
+        std::memset(second + columns, 0, padded - columns);
       }
     };
     parallel((count + kBlock - 1) / kBlock, count < 4 * kBlock ? 1 : threads, quantize);

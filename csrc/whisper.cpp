@@ -47,12 +47,13 @@ struct Run {
   const Isa& isa;
   int threads;
   size_t width, count;
+  Activations activations;
 
-  void product(const Linear& linear, const float* x, float* y, size_t rows, Then then = Then::kNothing) const {
-    usmlite::linear(*linear.weight, x, rows, linear.weight->columns(), linear.bias, y, true, isa, threads, then);
+  void product(const Linear& linear, const float* x, float* y, size_t rows, Then then, Activations how) const {
+    usmlite::linear(*linear.weight, x, rows, linear.weight->columns(), linear.bias, y, how, isa, threads, then);
   }
   void product(const Linear& linear, const float* x, float* y, Then then = Then::kNothing) const {
-    product(linear, x, y, count, then);
+    product(linear, x, y, count, then, activations);
   }
   void normalize(const Norm& norm, const float* x, float* y, size_t rows) const {
     for (size_t i = 0; i < rows; ++i) {
@@ -64,8 +65,8 @@ struct Run {
     for (size_t first = 0; first < count; first += kRowsOfFeed) {
       const size_t rows = std::min(kRowsOfFeed, count - first);
       normalize(layer.norm, x + first * width, normed, rows);
-      product(layer.up, normed, wide, rows, Then::kGelu);
-      product(layer.down, wide, x + first * width, rows, Then::kAdd);
+      product(layer.up, normed, wide, rows, Then::kGelu, activations);
+      product(layer.down, wide, x + first * width, rows, Then::kAdd, activations);
     }
   }
 };
@@ -96,22 +97,24 @@ Encoder::Encoder(std::vector<EncoderLayer> layers, Norm last, size_t width, size
 
 void Encoder::run(float* x, size_t count, int threads) const {
   if (count == 0) return;
-  const Run run{isa_, threads, width_, count};
+  const Run run{isa_, threads, width_, count, Activations::kBytes};
   const size_t size = count * width_;
   // The feed-forward layer comes when queries and what else attention needed are gone.
   const auto memory = floats(std::max(4 * size, size + std::min(count, kRowsOfFeed) * widest(layers_)));
   float *normed = memory.get(), *query = normed + size, *key = query + size, *value = key + size;
+  // Rounding what the output layer is given would be most of the error: heads differ in size, and share a row. It and
+  // that of the values are small.
   for (const EncoderLayer& layer : layers_) {
     run.normalize(layer.own.norm, x, normed, count);
     run.product(layer.own.query, normed, query);
     run.product(layer.own.key, normed, key);
-    run.product(layer.own.value, normed, value);
+    run.product(layer.own.value, normed, value, count, Then::kNothing, Activations::kPairs);
     {
       const KeysValues from(key, value, count, heads_, width_ / heads_, isa_, threads);
       const Attention job{&from, query, count, normed};
       attend(&job, 1, scale_of(width_, heads_), isa_, threads);
     }
-    run.product(layer.own.out, normed, x, Then::kAdd);
+    run.product(layer.own.out, normed, x, count, Then::kAdd, Activations::kPairs);
     run.feed(layer.feed, x, normed, query);
   }
   run.normalize(last_, x, x, count);
@@ -132,7 +135,7 @@ void Decoder::hear(const float* encoded, size_t batch, size_t positions, int thr
   if (positions < 1) throw std::invalid_argument("nothing to hear");
   slots_.clear();
   length_ = 0;
-  const Run run{isa_, threads, width_, positions};
+  const Run run{isa_, threads, width_, positions, Activations::kBytes};
   const size_t size = positions * width_;
   const auto memory = floats(2 * size);
   std::vector<Slot> slots(batch);
@@ -153,7 +156,8 @@ void Decoder::step(float* x, size_t rows, size_t added, int threads) {
   if (rows > slots_.size()) throw std::invalid_argument("there are not so many sequences");
   if (rows == 0 || added == 0) return;
   slots_.resize(rows);
-  const Run run{isa_, threads, width_, rows * added};
+  // Reading the weights is what a step costs: what activations are rounded to costs next to nothing.
+  const Run run{isa_, threads, width_, rows * added, Activations::kPairs};
   const size_t size = rows * added * width_;
   const auto memory = floats(std::max(4 * size, size + std::min(rows * added, kRowsOfFeed) * widest(layers_)));
   float *normed = memory.get(), *query = normed + size, *key = query + size, *value = key + size;

@@ -123,6 +123,7 @@ void check_product() {
 
   std::vector<float> dense;
   std::vector<float> whole;
+  const Activations rounded = below(2) == 0 ? Activations::kBytes : Activations::kPairs;
   for (const Isa* const* isa = available_isas(); *isa != nullptr; ++isa) {
     Floats all(parts.rows * parts.columns, 0.0f, 0.0f), out(count * parts.rows, 0.0f, 0.0f);
     const int threads = static_cast<int>(between(1, 4));
@@ -132,7 +133,7 @@ void check_product() {
     std::vector<float> found(all.data.get(), all.data.get() + all.count);
     if (dense.empty()) dense = found;
     if (dense != found) fail("paths unpack differently");
-    linear(weight, x.data.get(), count, stride, bias.data.get(), out.data.get(), false, **isa, threads);
+    linear(weight, x.data.get(), count, stride, bias.data.get(), out.data.get(), Activations::kFloats, **isa, threads);
     for (size_t i = 0; i < count; ++i) {
       for (size_t r = 0; r < parts.rows; ++r) {
         double sum = bias.data[r], size = 1.0;
@@ -145,7 +146,7 @@ void check_product() {
       }
     }
     weight.compute_sums(**isa, threads);
-    linear(weight, x.data.get(), count, stride, nullptr, out.data.get(), true, **isa, threads);
+    linear(weight, x.data.get(), count, stride, nullptr, out.data.get(), rounded, **isa, threads);
     found.assign(out.data.get(), out.data.get() + out.count);
     if (whole.empty()) whole = found;
     if (whole != found) fail("paths multiply whole numbers differently");
@@ -155,7 +156,9 @@ void check_product() {
       const uint32_t bits = static_cast<uint32_t>(generator());
       std::memcpy(wild.data.get() + i, &bits, sizeof(bits));
     }
-    linear(weight, wild.data.get(), count, stride, nullptr, out.data.get(), true, **isa, threads);
+    for (const Activations how : {Activations::kBytes, Activations::kPairs}) {
+      linear(weight, wild.data.get(), count, stride, nullptr, out.data.get(), how, **isa, threads);
+    }
   }
 }
 

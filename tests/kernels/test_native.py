@@ -256,7 +256,7 @@ def test_memory_lives_as_long_as_the_library_reads_it() -> None:
     gc.collect()
     filled = [torch.full((700, 250), 255, dtype=torch.uint8) for _ in range(20)]  # where it was, if it went
     out = torch.empty(3, 700)
-    handle.linear((x.data_ptr(), x.nbytes), 3, 1000, (0, 0), (out.data_ptr(), out.nbytes), True, 0, 1, 0)
+    handle.linear((x.data_ptr(), x.nbytes), 3, 1000, (0, 0), (out.data_ptr(), out.nbytes), 1, 0, 1, 0)
     assert torch.equal(out, expected)
     assert len(filled) == 20
 

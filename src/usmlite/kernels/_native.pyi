@@ -78,7 +78,7 @@ class Weight:
         x_stride: int,
         bias: tuple[int, int],
         y: tuple[int, int],
-        whole: bool,
+        activations: int,
         path: int,
         threads: int,
         then: int,

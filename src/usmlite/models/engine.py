@@ -30,12 +30,23 @@ def encode(model: Any, features: Tensor) -> Tensor:
     """
     encoder = model.model.encoder
     parts = _blocks(encoder, ("self_attn",)) if _suits(model, features) else None
+    if not all(_takes(layer) for layer in (encoder.conv1, encoder.conv2)):
+        parts = None
     if parts is None:
         return encoder(features).last_hidden_state  # type: ignore[no-any-return]
-    x = _gelu(encoder.conv1(features))
-    x = _gelu(encoder.conv2(x)).transpose(1, 2) + encoder.embed_positions.weight
+    x = features.transpose(1, 2)
+    for layer in (encoder.conv1, encoder.conv2):
+        x = native.convolve_frames(
+            x,
+            layer.weight.operand,
+            layer.bias,
+            layer.stride[0],
+            layer.padding[0],
+            gelu=True,
+            activations="int16",
+        )
     heads = int(model.config.encoder_attention_heads)
-    return layers.Encoder(parts, _norm(encoder.layer_norm), heads)(x.contiguous())
+    return layers.Encoder(parts, _norm(encoder.layer_norm), heads)(x.add_(encoder.embed_positions.weight))
 
 
 class NativeDecoder:
@@ -62,7 +73,8 @@ class NativeDecoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 `[rows, vocabulary]` from hidden states `[rows, d_model]`."""
-        return self._project(hidden).float()  # type: ignore[no-any-return]
+        weight = self._project.weight.operand
+        return native.linear(hidden, weight, self._project.bias, activations="int16")
 
     def move(self, source: int, target: int) -> None:
         """Puts the running row of slot `source` into slot `target`; what was there is done."""
@@ -83,7 +95,7 @@ def native_decoder(model: Any, encoded: Tensor) -> NativeDecoder | None:
     if not _suits(model, encoded):
         return None
     parts = _blocks(model.model.decoder, ("self_attn", "encoder_attn"))
-    return None if parts is None else NativeDecoder(model, encoded, parts)
+    return NativeDecoder(model, encoded, parts) if parts is not None and _takes(model.proj_out) else None
 
 
 def _suits(model: Any, x: Tensor) -> bool:
@@ -116,15 +128,17 @@ def _block(norm: nn.Module, owner: nn.Module, names: Sequence[str]) -> layers.Bl
     linears = []
     for name in names:
         linear: Any = getattr(owner, name)
-        operand = getattr(linear.weight, "operand", None)
-        if not isinstance(operand, NativeWeight) or operand.activations != "int8":
-            return None
         bias = None if linear.bias is None else linear.bias.detach()
-        if bias is not None and not _plain(bias):
+        if not _takes(linear) or not (bias is None or _plain(bias)):
             return None
-        linears.append((operand, bias))
+        linears.append((linear.weight.operand, bias))
     found = _norm(norm)
     return layers.Block(found, tuple(linears)) if _plain(found.weight) and _plain(found.bias) else None
+
+
+def _takes(layer: Any) -> bool:
+    operand = getattr(layer.weight, "operand", None)
+    return isinstance(operand, NativeWeight) and operand.activations == "int8"
 
 
 def _plain(tensor: Tensor) -> bool:
@@ -133,9 +147,3 @@ def _plain(tensor: Tensor) -> bool:
 
 def _norm(norm: Any) -> layers.Norm:
     return layers.Norm(norm.weight.detach(), norm.bias.detach(), float(norm.eps))
-
-
-def _gelu(x: Tensor) -> Tensor:
-    """Where the convolution gave frames one after the other, in place."""
-    rows = x.transpose(1, 2)
-    return layers.gelu(rows.contiguous()).transpose(1, 2)
