@@ -77,6 +77,11 @@ float weigh512(const float* scores, size_t count, uint8_t* codes, int32_t* sum) 
   for (size_t k = 0; k < count; k += 16) {
     const __mmask16 mask = mask_of(count - k);
     __m512 t = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, scores + k), away);
+    // Less than 2^-9 becomes 0; most of a sharp softmax is.
+    if (_mm512_mask_cmp_ps_mask(mask, t, _mm512_set1_ps(-9.0f), _CMP_GT_OQ) == 0) {
+      _mm512_mask_cvtepi32_storeu_epi8(codes + k, mask, _mm512_setzero_si512());
+      continue;
+    }
     t = _mm512_max_ps(t, _mm512_set1_ps(-100.0f));
     const __m512 shifted = _mm512_add_ps(t, magic);
     const __m512 f = _mm512_sub_ps(t, _mm512_sub_ps(shifted, magic));
