@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias, overload
+from typing import TYPE_CHECKING, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -28,7 +28,9 @@ from usmlite.audio import (
     load_audio,
 )
 from usmlite.errors import AudioError
-from usmlite.models import Adapter, Decoded
+
+if TYPE_CHECKING:
+    from usmlite.models import Adapter, Decoded
 
 NO_SPEECH = 0.6
 """A window is silence where the model gives no speech more than this probability ..."""

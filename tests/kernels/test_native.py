@@ -248,6 +248,30 @@ def test_convolution(path: str, stride: int, padding: int, frames: int) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize(
+    "spec", [LayerSpec(Int(8), column_scales=True), LayerSpec(Int(4), NM(2, 4), 8)], ids=str
+)
+def test_two_terms_are_nearly_exact(spec: LayerSpec) -> None:
+    torch.manual_seed(0)
+    for (rows, columns), count in itertools.product(SHAPES, COUNTS):
+        x, weight, bias = (
+            torch.randn(count, columns) * 3 + 0.5,
+            packed(rows, columns, spec),
+            torch.randn(rows),
+        )
+        exact = (x.double() @ reference.unpack(weight).double().T + bias.double()).float()
+        found = [
+            native.linear(x, prepared(weight, "int8", path), bias, activations="int16") for path in PATHS
+        ]
+        torch.testing.assert_close(found[0], exact, rtol=2e-4, atol=2e-3)
+        assert all(torch.equal(found[0], other) for other in found[1:])
+    x[0, 0] = float("nan")
+    out = native.linear(x, prepared(weight, "int8", PATHS[0]), activations="int16")
+    assert bool(out[0].isnan().all())
+    assert bool(out[1:].isfinite().all())
+
+
+@needs_native
 def test_memory_lives_as_long_as_the_library_reads_it() -> None:
     x, weight = torch.randn(3, 1000), packed(700, 1000, LayerSpec(Int(4), NM(2, 4)))
     expected = native.linear(x, prepared(weight, "int8", PATHS[0]))
