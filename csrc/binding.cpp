@@ -3,16 +3,23 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <algorithm>
+#include <mutex>
 #include <stdexcept>
 #include <tuple>
 #include <utility>
+#include <vector>
 
+#include "attention.hpp"
 #include "isa.hpp"
 #include "linear.hpp"
 #include "rans.hpp"
 #include "threads.hpp"
 #include "weight.hpp"
+#include "whisper.hpp"
 
 namespace nb = nanobind;
 using usmlite::Bytes;
@@ -65,18 +72,23 @@ Weight make_weight(size_t rows, size_t columns, size_t group, int bits, int doub
   return Weight(parts);
 }
 
-void linear(Weight& weight, Memory x, size_t count, size_t x_stride, Memory bias, Memory y, bool whole, size_t path,
-            int threads) {
+void linear(Weight& weight, Memory x, size_t count, size_t x_stride, Memory bias, Memory y, int activations,
+            size_t path, int threads, int then) {
   if (count == 0) return;
+  if (then < 0 || then > static_cast<int>(usmlite::Then::kAdd) || activations < 0 ||
+      activations > static_cast<int>(usmlite::Activations::kPairs)) {
+    throw std::invalid_argument("nothing of this kind");
+  }
+  const auto how = static_cast<usmlite::Activations>(activations);
   const size_t last = product(count - 1, x_stride);
   if (last > SIZE_MAX - weight.columns()) throw std::invalid_argument("sizes are too large");
   const float* from = numbers<const float>(x, last + weight.columns(), "x is too small");
   float* to = numbers<float>(y, product(count, weight.rows()), "y is too small");
   const float* added = bias.first == 0 ? nullptr : numbers<const float>(bias, weight.rows(), "bias is too small");
   const Isa& isa = isa_of(path);
-  if (whole) weight.compute_sums(isa, threads);  // while the interpreter's lock keeps others out
+  if (how != usmlite::Activations::kFloats) weight.compute_sums(isa, threads);  // while the interpreter's lock keeps others out
   nb::gil_scoped_release free;
-  usmlite::linear(weight, from, count, x_stride, added, to, whole, isa, threads);
+  usmlite::linear(weight, from, count, x_stride, added, to, how, isa, threads, static_cast<usmlite::Then>(then));
 }
 
 void gather(const Weight& weight, Memory ids, size_t count, Memory out, size_t path, int threads) {
@@ -92,6 +104,127 @@ void expand(const Weight& weight, Memory out, size_t path, int threads) {
   const Isa& isa = isa_of(path);
   nb::gil_scoped_release free;
   usmlite::expand(weight, to, isa, threads);
+}
+
+void attend(Memory queries, Memory keys, Memory values, size_t count, size_t positions, size_t heads, size_t width,
+            float scale, Memory out, size_t path, int threads) {
+  const size_t row = product(heads, width);
+  const float* k = numbers<const float>(keys, product(positions, row), "keys are too small");
+  const float* v = numbers<const float>(values, product(positions, row), "values are too small");
+  const float* q = numbers<const float>(queries, product(count, row), "queries are too small");
+  float* to = numbers<float>(out, product(count, row), "out is too small");
+  const Isa& isa = isa_of(path);
+  nb::gil_scoped_release free;
+  const usmlite::KeysValues from(k, v, positions, heads, width, isa, threads);
+  const usmlite::Attention job{&from, q, count, to};
+  usmlite::attend(&job, 1, scale, isa, threads);
+}
+
+void gelu(Memory x, size_t count, Memory y, size_t path, int threads) {
+  const float* from = numbers<const float>(x, count, "x is too small");
+  float* to = numbers<float>(y, count, "y is too small");
+  const Isa& isa = isa_of(path);
+  nb::gil_scoped_release free;
+  constexpr size_t kEach = 16384;
+  auto work = [&](size_t task, int) {
+    const size_t first = task * kEach;
+    isa.gelu(from + first, std::min(kEach, count - first), to + first);
+  };
+  usmlite::parallel((count + kEach - 1) / kEach, threads, work);
+}
+
+void normalize(Memory x, size_t count, Memory weight, Memory bias, size_t width, float epsilon, Memory y, size_t path) {
+  const float* from = numbers<const float>(x, product(count, width), "x is too small");
+  float* to = numbers<float>(y, product(count, width), "y is too small");
+  const float* factors = numbers<const float>(weight, width, "the weight is too small");
+  const float* added = numbers<const float>(bias, width, "the bias is too small");
+  const Isa& isa = isa_of(path);
+  nb::gil_scoped_release free;
+  for (size_t i = 0; i < count; ++i) isa.normalize(from + i * width, factors, added, width, epsilon, to + i * width);
+}
+
+// Layers as Python gives them: blocks of a norm (weight, bias, epsilon) and linear layers (weight, bias).
+using NormParts = std::tuple<Memory, Memory, float>;
+using LinearParts = std::pair<Weight*, Memory>;
+using BlockParts = std::pair<NormParts, std::vector<LinearParts>>;
+using LayerParts = std::vector<BlockParts>;
+
+usmlite::Norm norm_of(const NormParts& parts, size_t width) {
+  const auto& [weight, bias, epsilon] = parts;
+  return {numbers<const float>(weight, width, "the weight of a norm is too small"),
+          numbers<const float>(bias, width, "the bias of a norm is too small"), epsilon};
+}
+
+usmlite::Linear linear_of(const LinearParts& parts, const Isa& isa) {
+  const auto& [weight, bias] = parts;
+  if (weight == nullptr) throw std::invalid_argument("a layer without its weight");
+  weight->compute_sums(isa, 1);
+  return {weight, bias.first == 0 ? nullptr : numbers<const float>(bias, weight->rows(), "a bias is too small")};
+}
+
+usmlite::AttentionBlock attention_of(const BlockParts& parts, size_t width, const Isa& isa) {
+  const auto& linears = parts.second;
+  if (linears.size() != 4) throw std::invalid_argument("attention has four layers");
+  return {norm_of(parts.first, width), linear_of(linears[0], isa), linear_of(linears[1], isa),
+          linear_of(linears[2], isa), linear_of(linears[3], isa)};
+}
+
+usmlite::FeedForward feed_of(const BlockParts& parts, size_t width, const Isa& isa) {
+  const auto& linears = parts.second;
+  if (linears.size() != 2) throw std::invalid_argument("a feed-forward layer has two layers");
+  return {norm_of(parts.first, width), linear_of(linears[0], isa), linear_of(linears[1], isa)};
+}
+
+usmlite::Encoder make_encoder(const std::vector<LayerParts>& layers, const NormParts& last, size_t width, size_t heads,
+                              size_t path) {
+  const Isa& isa = isa_of(path);
+  std::vector<usmlite::EncoderLayer> made;
+  for (const LayerParts& layer : layers) {
+    if (layer.size() != 2) throw std::invalid_argument("an encoder's layer has two blocks");
+    made.push_back({attention_of(layer[0], width, isa), feed_of(layer[1], width, isa)});
+  }
+  return usmlite::Encoder(std::move(made), norm_of(last, width), width, heads, isa);
+}
+
+usmlite::Decoder make_decoder(const std::vector<LayerParts>& layers, const NormParts& last, size_t width, size_t heads,
+                              size_t path) {
+  const Isa& isa = isa_of(path);
+  std::vector<usmlite::DecoderLayer> made;
+  for (const LayerParts& layer : layers) {
+    if (layer.size() != 3) throw std::invalid_argument("a decoder's layer has three blocks");
+    made.push_back({attention_of(layer[0], width, isa), attention_of(layer[1], width, isa), feed_of(layer[2], width, isa)});
+  }
+  return usmlite::Decoder(std::move(made), norm_of(last, width), width, heads, isa);
+}
+
+void encode(const usmlite::Encoder& encoder, Memory x, size_t count, int threads) {
+  float* rows = numbers<float>(x, product(count, encoder.width()), "x is too small");
+  nb::gil_scoped_release free;
+  encoder.run(rows, count, threads);
+}
+
+// Two threads with one decoder would mix their sequences, but not their memory.
+struct Session {
+  usmlite::Decoder decoder;
+  std::mutex mutex;
+
+  template <class Work>
+  void alone(Work work) {
+    nb::gil_scoped_release free;
+    std::lock_guard<std::mutex> lock(mutex);
+    work(decoder);
+  }
+};
+
+void hear(Session& session, Memory encoded, size_t batch, size_t positions, int threads) {
+  const size_t width = session.decoder.width();
+  const float* rows = numbers<const float>(encoded, product(product(batch, positions), width), "encoded is too small");
+  session.alone([&](usmlite::Decoder& decoder) { decoder.hear(rows, batch, positions, threads); });
+}
+
+void step(Session& session, Memory x, size_t rows, size_t added, int threads) {
+  float* to = numbers<float>(x, product(product(rows, added), session.decoder.width()), "x is too small");
+  session.alone([&](usmlite::Decoder& decoder) { decoder.step(to, rows, added, threads); });
 }
 
 void rans_decode(Memory stream, int bits, int lowest, Memory row_levels, Memory column_levels, int tables,
@@ -125,6 +258,29 @@ NB_MODULE(_native, m) {
   });
   m.def("thread_source", &usmlite::thread_source);
   m.def("rans_decode", &rans_decode);
+  m.def("attend", &attend);
+  m.def("gelu", &gelu);
+  m.def("normalize", &normalize);
+  // The last argument owns the memory, and the weights.
+  nb::class_<usmlite::Encoder>(m, "Encoder")
+      .def("__init__",
+           [](usmlite::Encoder* self, const std::vector<LayerParts>& layers, const NormParts& last, size_t width,
+              size_t heads, size_t path,
+              nb::object) { new (self) usmlite::Encoder(make_encoder(layers, last, width, heads, path)); },
+           nb::keep_alive<1, 7>())
+      .def("run", &encode);
+  nb::class_<Session>(m, "Decoder")
+      .def("__init__",
+           [](Session* self, const std::vector<LayerParts>& layers, const NormParts& last, size_t width, size_t heads,
+              size_t path, nb::object) { new (self) Session{make_decoder(layers, last, width, heads, path), {}}; },
+           nb::keep_alive<1, 7>())
+      .def("hear", &hear)
+      .def("step", &step)
+      .def("swap",
+           [](Session& self, size_t a, size_t b) { self.alone([&](usmlite::Decoder& decoder) { decoder.swap(a, b); }); })
+      .def("select", [](Session& self, const std::vector<size_t>& rows) {
+        self.alone([&](usmlite::Decoder& decoder) { decoder.select(rows.data(), rows.size()); });
+      });
   nb::class_<Weight>(m, "Weight")
       .def("__init__",
            [](Weight* self, size_t rows, size_t columns, size_t group, int bits, int doubled_offset,

@@ -25,6 +25,7 @@ struct Isa {
   int block;          // rows of activations that `block` takes
   uint8_t code_flip;  // stored activation codes are (code XOR this)
   int code_shift;     // what that adds to the zero of the codes: their products are with code - code_shift
+  int level_bytes;    // that a level takes in `pack`'s order
 
   // x[count] * column_scale[count] (may be null) to codes; x = scale * (code - zero). A row with a number
   // that is not finite gets the scale NaN.
@@ -57,6 +58,26 @@ struct Isa {
   // 4-bit codes of which 2 of every 4 are kept, patterns of three groups in a byte: `groups` whole groups.
   void (*unpack_2of4)(const uint8_t* codes, const uint8_t* patterns, size_t groups, int offset, int factor,
                       int8_t* levels);
+
+  // What follows comes from isa_rows.inl.
+
+  // codes[k] = 255 * 2^(scores[k] - top), rounded, for count >= 1 scores; their sum. Returns `top`, the largest.
+  float (*weigh)(const float* scores, size_t count, uint8_t* codes, int32_t* sum);
+  // rest[k] = x[k] * column_scale[k] (may be null) less what its code from `quantize` stands for.
+  void (*remainder)(const float* x, const float* column_scale, size_t count, const uint8_t* codes, float scale,
+                    int32_t zero, float* rest);
+  // The largest |x[k]|; NaN where one of them is not finite.
+  float (*reach)(const float* x, size_t count);
+  // levels[k] = x[k] * inverse[k], rounded to -127 .. 127.
+  void (*round_levels)(const float* x, const float* inverse, size_t count, int8_t* levels);
+  // out[width] = values weighed by the softmax of scale * ln 2 * (query . keys), in float32; keys and values are
+  // `stride` floats apart. Overwrites scores[count].
+  void (*attend_floats)(const float* query, float scale, const float* keys, const float* values, size_t stride,
+                        size_t count, size_t width, float* scores, float* out);
+  // Layer normalization of a row.
+  void (*normalize)(const float* x, const float* weight, const float* bias, size_t count, float epsilon, float* y);
+  // The Gaussian error linear unit; y may be x.
+  void (*gelu)(const float* x, size_t count, float* y);
 };
 
 // Bytes that the levels of a block take at most, in any order: float32, the count rounded up.

@@ -8,6 +8,8 @@ namespace {
 
 #include "isa_common.inl"
 
+#include "isa_rows.inl"
+
 #include "isa_avx256.inl"
 
 bool available() {
@@ -69,8 +71,9 @@ void multiply256(const void* panel, const uint8_t* x, size_t stride, int columns
 
 extern const Isa kAvx2;
 const Isa kAvx2 = {
-    "avx2", available, 12, 0, 0, quantize<0>, dot256<Sum>, dot_float256, pack_pairs, pack_float, multiply256,
+    "avx2", available, 12, 0, 0, 2, quantize<0>, dot256<Sum>, dot_float256, pack_pairs, pack_float, multiply256,
     multiply_float256, finish<0>, finish_float, unpack, unpack_2of4,
+    weigh<0>, remainder<0>, reach, round_levels, attend_floats, normalize, gelu,
 };
 
 }  // namespace usmlite

@@ -8,6 +8,10 @@ namespace {
 
 #include "isa_common.inl"
 
+#include "isa_rows.inl"
+
+#include "isa_rows_avx512.inl"
+
 bool available() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -271,8 +275,9 @@ void unpack_2of4_512(const uint8_t* codes, const uint8_t* patterns, size_t group
 
 extern const Isa kAvx512;
 const Isa kAvx512 = {
-    "avx512vnni", available, 12, 0, 0, quantize<0>, dot512, dot_float512, pack512, pack_float, multiply512,
-    multiply_float512, finish<0>, finish_float, unpack512, unpack_2of4_512,
+    "avx512vnni", available, 12, 0, 0, 1, quantize512, dot512, dot_float512, pack512, pack_float, multiply512,
+    multiply_float512, finish512, finish_float, unpack512, unpack_2of4_512,
+    weigh512, remainder<0>, reach512, round_levels512, attend_floats, normalize, gelu,
 };
 
 }  // namespace usmlite

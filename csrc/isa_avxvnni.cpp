@@ -9,6 +9,8 @@ namespace {
 
 #include "isa_common.inl"
 
+#include "isa_rows.inl"
+
 #include "isa_avx256.inl"
 
 bool available() {
@@ -57,8 +59,9 @@ void multiply256(const void* panel, const uint8_t* x, size_t stride, int columns
 
 extern const Isa kAvxVnni;
 const Isa kAvxVnni = {
-    "avxvnni", available, 12, 0, 0, quantize<0>, dot256<Sum>, dot_float256, pack_fours, pack_float, multiply256,
+    "avxvnni", available, 12, 0, 0, 1, quantize<0>, dot256<Sum>, dot_float256, pack_fours, pack_float, multiply256,
     multiply_float256, finish<0>, finish_float, unpack, unpack_2of4,
+    weigh<0>, remainder<0>, reach, round_levels, attend_floats, normalize, gelu,
 };
 
 }  // namespace usmlite

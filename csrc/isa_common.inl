@@ -3,56 +3,76 @@
 // one copy of these for the whole library, and it might be one that only some processors can run.
 
 constexpr float kLargest = 3.402823466e+38f;
+constexpr int kLanes = 16;  // sums and extremes of long rows are kept for so many interleaved parts
 
 inline float larger(float a, float b) { return a > b ? a : b; }
 inline float smaller(float a, float b) { return a < b ? a : b; }
 
-template <uint8_t kFlip>
-void quantize(const float* x, const float* column_scale, size_t count, uint8_t* codes, float* scale, int32_t* zero) {
-  float low = 0.0f, high = 0.0f;
-  int bad = 0;
-  if (column_scale == nullptr) {
-    for (size_t k = 0; k < count; ++k) {
-      const float value = x[k];
-      low = smaller(value, low);
-      high = larger(value, high);
-      bad |= !(value <= kLargest && value >= -kLargest);
-    }
-  } else {
-    for (size_t k = 0; k < count; ++k) {
-      const float value = x[k] * column_scale[k];
-      low = smaller(value, low);
-      high = larger(value, high);
-      bad |= !(value <= kLargest && value >= -kLargest);
-    }
-  }
+// Steps between the least number of a row (at most 0) and the most (at least 0); false where there are none: all are
+// zeros, or so small that they might as well be, or one is not finite and everything becomes NaN.
+inline bool steps_of(float low, float high, bool bad, float* scale, int32_t* zero, float* inverse) {
   // Halves first: the difference of two large numbers may be too large.
   const float step = (high * 0.5f - low * 0.5f) * (2.0f / 255.0f);
   if (bad || !(1.0f / step <= kLargest)) {
-    // All zeros, or so small that they might as well be; not finite: everything becomes NaN.
-    for (size_t k = 0; k < count; ++k) codes[k] = kFlip;
     const float infinite = kLargest + kLargest * (bad ? 1.0f : 0.0f);
     *scale = 0.0f * infinite;  // NaN, or 0
     *zero = 0;
+    return false;
+  }
+  *inverse = 1.0f / step;
+  *scale = step;
+  *zero = static_cast<int32_t>(-low * *inverse + 0.5f);
+  return true;
+}
+
+template <bool kScaled>
+inline float value_at(const float* x, const float* column_scale, size_t k) {
+  return kScaled ? x[k] * column_scale[k] : x[k];
+}
+
+template <uint8_t kFlip, bool kScaled>
+inline void quantize_row(const float* x, const float* column_scale, size_t count, uint8_t* codes, float* scale,
+                         int32_t* zero) {
+  // In lanes, because an order of its own is all that keeps the compiler from vectors.
+  float lows[kLanes] = {}, highs[kLanes] = {};
+  int bads[kLanes] = {};
+  auto look = [&](size_t k, int lane) {
+    const float value = value_at<kScaled>(x, column_scale, k);
+    lows[lane] = smaller(value, lows[lane]);
+    highs[lane] = larger(value, highs[lane]);
+    bads[lane] |= !(value <= kLargest && value >= -kLargest);
+  };
+  size_t begin = 0;
+  for (; begin + kLanes <= count; begin += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) look(begin + static_cast<size_t>(lane), lane);
+  }
+  for (; begin < count; ++begin) look(begin, 0);
+  float low = 0.0f, high = 0.0f, inverse;
+  int bad = 0;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    low = smaller(lows[lane], low);
+    high = larger(highs[lane], high);
+    bad |= bads[lane];
+  }
+  if (!steps_of(low, high, bad != 0, scale, zero, &inverse)) {
+    for (size_t k = 0; k < count; ++k) codes[k] = kFlip;
     return;
   }
-  const float inverse = 1.0f / step;
-  const int32_t middle = static_cast<int32_t>(-low * inverse + 0.5f);
-  const float shift = static_cast<float>(middle) + 0.5f;
-  *scale = step;
-  *zero = middle;
+  const float shift = static_cast<float>(*zero) + 0.5f;
+  for (size_t k = 0; k < count; ++k) {
+    int32_t code = static_cast<int32_t>(value_at<kScaled>(x, column_scale, k) * inverse + shift);
+    code = code < 0 ? 0 : code > 255 ? 255 : code;
+    codes[k] = static_cast<uint8_t>(code) ^ kFlip;
+  }
+}
+
+template <uint8_t kFlip>
+[[maybe_unused]] void quantize(const float* x, const float* column_scale, size_t count, uint8_t* codes, float* scale,
+                               int32_t* zero) {
   if (column_scale == nullptr) {
-    for (size_t k = 0; k < count; ++k) {
-      int32_t code = static_cast<int32_t>(x[k] * inverse + shift);
-      code = code < 0 ? 0 : code > 255 ? 255 : code;
-      codes[k] = static_cast<uint8_t>(code) ^ kFlip;
-    }
+    quantize_row<kFlip, false>(x, column_scale, count, codes, scale, zero);
   } else {
-    for (size_t k = 0; k < count; ++k) {
-      int32_t code = static_cast<int32_t>(x[k] * column_scale[k] * inverse + shift);
-      code = code < 0 ? 0 : code > 255 ? 255 : code;
-      codes[k] = static_cast<uint8_t>(code) ^ kFlip;
-    }
+    quantize_row<kFlip, true>(x, column_scale, count, codes, scale, zero);
   }
 }
 
@@ -154,7 +174,7 @@ inline void finish_row(const int32_t* sums, int rows, float scale, int32_t zero,
 }
 
 template <int kShift>
-void finish(const int32_t* sums, int columns, int rows, const float* scale, const int32_t* zero, const float* step,
+[[maybe_unused]] void finish(const int32_t* sums, int columns, int rows, const float* scale, const int32_t* zero, const float* step,
             const int32_t* level_sums, const float* bias, bool add, float* y, size_t y_stride) {
   for (int c = 0; c < columns; ++c, sums += kRows, y += y_stride) {
     if (rows == kRows) {

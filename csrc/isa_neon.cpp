@@ -13,6 +13,8 @@ namespace {
 
 #include "isa_common.inl"
 
+#include "isa_rows.inl"
+
 bool available() {
 #ifdef __linux__
   return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
@@ -74,8 +76,9 @@ void multiply_neon(const void* panel, const uint8_t* x, size_t stride, int colum
 
 extern const Isa kNeon;
 const Isa kNeon = {
-    "neon", available, 12, 0x80, 128, quantize<0x80>, dot_neon, dot_float, pack_fours, pack_float, multiply_neon,
+    "neon", available, 12, 0x80, 128, 1, quantize<0x80>, dot_neon, dot_float, pack_fours, pack_float, multiply_neon,
     multiply_float, finish<128>, finish_float, unpack, unpack_2of4,
+    weigh<0x80>, remainder<0x80>, reach, round_levels, attend_floats, normalize, gelu,
 };
 
 }  // namespace usmlite

@@ -3,11 +3,10 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <vector>
 
+#include "scratch.hpp"
 #include "threads.hpp"
 
 namespace usmlite {
@@ -19,44 +18,6 @@ constexpr size_t kMany = 12;
 constexpr size_t kChunk = 240;
 // The same where activations stay float32: their blocks take four times the memory.
 constexpr size_t kManyFloats = 48;
-// Products for which waking another thread is worth it.
-constexpr double kWorth = 400e3;
-
-// Memory without a constructor, aligned to cache lines, kept by the thread from call to call.
-class Scratch {
- public:
-  void* get(size_t bytes) {
-    if (bytes > size_) {
-      memory_.reset();
-      size_ = 0;
-      memory_.reset(static_cast<char*>(::operator new(bytes, std::align_val_t{64})));
-      size_ = bytes;
-    }
-    return memory_.get();
-  }
-  // Gives back what only one large call needed.
-  void trim() {
-    if (size_ > kKept) {
-      memory_.reset();
-      size_ = 0;
-    }
-  }
-
- private:
-  static constexpr size_t kKept = 16u << 20;
-  struct Free {
-    void operator()(char* memory) const { ::operator delete(memory, std::align_val_t{64}); }
-  };
-  std::unique_ptr<char, Free> memory_;
-  size_t size_ = 0;
-};
-
-size_t rounded(size_t bytes) { return (bytes + 63) / 64 * 64; }
-
-int threads_for(double products, int threads) {
-  return std::max(1, std::min(threads, static_cast<int>(std::min(products / kWorth, 1024.0))));
-}
-
 // Everything that the threads share while they compute one product.
 struct Product {
   const Weight& weight;
@@ -65,7 +26,9 @@ struct Product {
   float* y;
   size_t count;
   bool whole;
-  // Activations: codes with a scale and a zero a row, or floats.
+  Then then;
+  // Activations: codes with a scale and a zero a row, of what was rounded away after those of all rows; or floats.
+  size_t terms = 1;
   const uint8_t* codes = nullptr;
   const float* scales = nullptr;
   const int32_t* zeros = nullptr;
@@ -98,29 +61,45 @@ struct Product {
       for (int r = 0; r < kRows; ++r) part[r] = levels[r] + low;
       if (many) (whole ? isa.pack : isa.pack_float)(part, length, packed);
       const size_t step = static_cast<size_t>(many ? isa.block : kColumns);
-      for (size_t i = begin; i < end; i += step) {
-        const int columns = static_cast<int>(std::min(step, end - i));
-        if (whole) {
-          int32_t* out = static_cast<int32_t*>(sums);
-          const uint8_t* x = codes + i * stride + low;
-          if (many) {
-            prefetch(first, i, columns);
-            isa.multiply(packed, x, stride, columns, length, out);
-          } else {
-            for (int r = 0; r < rows; r += 4) isa.dot(part + r, x, stride, columns, length, out + r);
-          }
-        } else {
-          float* out = static_cast<float*>(sums);
-          const float* x = values + i * stride + low;
-          if (many) {
-            prefetch(first, i, columns);
-            isa.multiply_float(packed, x, stride, columns, length, out);
-          } else {
-            for (int r = 0; r < rows; r += 4) isa.dot_float(part + r, x, stride, columns, length, out + r);
-          }
-        }
-        finish(s, first, i, rows, columns, sums);
+      if (!many && terms == 2) {
+        compute_pairs(part, s, first, rows, begin, end, static_cast<int32_t*>(sums));
+        continue;
       }
+      for (size_t term = 0; term < terms; ++term) {
+        for (size_t i = begin; i < end; i += step) {
+          const int columns = static_cast<int>(std::min(step, end - i));
+          if (many) prefetch(first, i, columns);
+          if (whole) {
+            int32_t* out = static_cast<int32_t*>(sums);
+            const uint8_t* x = codes + (term * count + i) * stride + low;
+            if (many) {
+              isa.multiply(packed, x, stride, columns, length, out);
+            } else {
+              for (int r = 0; r < rows; r += 4) isa.dot(part + r, x, stride, columns, length, out + r);
+            }
+          } else {
+            float* out = static_cast<float*>(sums);
+            const float* x = values + i * stride + low;
+            if (many) {
+              isa.multiply_float(packed, x, stride, columns, length, out);
+            } else {
+              for (int r = 0; r < rows; r += 4) isa.dot_float(part + r, x, stride, columns, length, out + r);
+            }
+          }
+          finish(s, term, first, i, rows, columns, sums);
+        }
+      }
+    }
+  }
+
+  // Both terms of a row of activations side by side: the weight is read once.
+  void compute_pairs(const int8_t* const* part, size_t s, size_t first, int rows, size_t begin, size_t end,
+                     int32_t* sums) const {
+    const size_t low = weight.segments()[s].begin, length = weight.segments()[s].end - low;
+    for (size_t i = begin; i < end; ++i) {
+      for (int r = 0; r < rows; r += 4) isa.dot(part + r, codes + i * stride + low, count * stride, 2, length, sums + r);
+      finish(s, 0, first, i, rows, 1, sums);
+      finish(s, 1, first, i, rows, 1, sums + kRows);
     }
   }
 
@@ -136,15 +115,20 @@ struct Product {
 #endif
   }
 
-  void finish(size_t s, size_t first, size_t i, int rows, int columns, const void* sums) const {
+  void finish(size_t s, size_t term, size_t first, size_t i, int rows, int columns, const void* sums) const {
     const float* step = weight.steps(weight.segments()[s].group) + first;
-    const float* added = s == 0 && bias != nullptr ? bias + first : nullptr;
+    const bool opening = s == 0 && term == 0;
+    const float* added = opening && bias != nullptr ? bias + first : nullptr;
+    const bool add = !opening || then == Then::kAdd;
     float* out = y + i * weight.rows() + first;
     if (whole) {
-      isa.finish(static_cast<const int32_t*>(sums), columns, rows, scales + i, zeros + i, step,
-                 weight.level_sums(s) + first, added, s != 0, out, weight.rows());
+      isa.finish(static_cast<const int32_t*>(sums), columns, rows, scales + term * count + i, zeros + term * count + i, step,
+                 weight.level_sums(s) + first, added, add, out, weight.rows());
     } else {
-      isa.finish_float(static_cast<const float*>(sums), columns, rows, step, added, s != 0, out, weight.rows());
+      isa.finish_float(static_cast<const float*>(sums), columns, rows, step, added, add, out, weight.rows());
+    }
+    if (then == Then::kGelu && s + 1 == weight.segments().size() && term + 1 == terms) {
+      for (int c = 0; c < columns; ++c, out += weight.rows()) isa.gelu(out, static_cast<size_t>(rows), out);
     }
   }
 };
@@ -152,13 +136,16 @@ struct Product {
 }  // namespace
 
 void linear(const Weight& weight, const float* x, size_t count, size_t x_stride, const float* bias, float* y,
-            bool whole, const Isa& isa, int threads) {
+            Activations activations, const Isa& isa, int threads, Then then) {
+  const bool whole = activations != Activations::kFloats;
   const size_t rows = weight.rows(), columns = weight.columns();
   if (count == 0 || rows == 0) return;
   const double products = static_cast<double>(count) * static_cast<double>(rows) * static_cast<double>(columns);
   threads = threads_for(products, threads);
 
-  Product product{weight, isa, bias, y, count, whole};
+  Product product{weight, isa, bias, y, count, whole, then};
+  product.terms = activations == Activations::kPairs ? 2 : 1;
+  const size_t all = product.terms * count;
   const size_t padded = rounded(columns + kPad);
   const float* column_scale = weight.column_scale();
   size_t longest = 0;
@@ -168,7 +155,10 @@ void linear(const Weight& weight, const float* x, size_t count, size_t x_stride,
   product.own = product.levels_bytes + product.panel + rounded(sizeof(float) * kRows * kMostBlock);
   const size_t own_bytes = product.own * static_cast<size_t>(threads);
   const bool scaled = !whole && column_scale != nullptr;
-  const size_t codes_bytes = whole ? count * padded + rounded(2 * sizeof(float) * count) : 0;
+  // Behind the codes come their scales and zeros, and a row of floats for each thread.
+  const size_t row_bytes = product.terms > 1 ? rounded(columns * sizeof(float)) : 0;
+  const size_t codes_bytes =
+      whole ? all * padded + rounded(2 * sizeof(float) * all) + row_bytes * static_cast<size_t>(threads) : 0;
   const size_t values_bytes = scaled ? count * padded * sizeof(float) : 0;
   thread_local Scratch scratch;
   char* memory = static_cast<char*>(scratch.get(own_bytes + codes_bytes + values_bytes));
@@ -176,13 +166,21 @@ void linear(const Weight& weight, const float* x, size_t count, size_t x_stride,
 
   if (whole) {
     uint8_t* codes = reinterpret_cast<uint8_t*>(memory + own_bytes);
-    float* scales = reinterpret_cast<float*>(codes + count * padded);
-    int32_t* zeros = reinterpret_cast<int32_t*>(scales + count);
+    float* scales = reinterpret_cast<float*>(codes + all * padded);
+    int32_t* zeros = reinterpret_cast<int32_t*>(scales + all);
+    char* rows_of_floats = reinterpret_cast<char*>(scales) + rounded(2 * sizeof(float) * all);
     constexpr size_t kBlock = 16;
-    auto quantize = [&](size_t task, int) {
+    auto quantize = [&](size_t task, int worker) {
+      float* rest = reinterpret_cast<float*>(rows_of_floats + row_bytes * static_cast<size_t>(worker));
       for (size_t i = task * kBlock; i < std::min(count, (task + 1) * kBlock); ++i) {
-        isa.quantize(x + i * x_stride, column_scale, columns, codes + i * padded, scales + i, zeros + i);
-        std::memset(codes + i * padded + columns, 0, padded - columns);
+        uint8_t* row = codes + i * padded;
+        isa.quantize(x + i * x_stride, column_scale, columns, row, scales + i, zeros + i);
+        std::memset(row + columns, 0, padded - columns);
+        if (product.terms == 1) continue;
+        isa.remainder(x + i * x_stride, column_scale, columns, row, scales[i], zeros[i], rest);
+        uint8_t* second = row + count * padded;
+        isa.quantize(rest, nullptr, columns, second, scales + count + i, zeros + count + i);
+        std::memset(second + columns, 0, padded - columns);
       }
     };
     parallel((count + kBlock - 1) / kBlock, count < 4 * kBlock ? 1 : threads, quantize);

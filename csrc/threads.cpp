@@ -134,6 +134,11 @@ void parallel(size_t tasks, int threads, void (*work)(void*, size_t, int), void*
   if (!own_pool().try_run(job, threads - 1)) job.help();
 }
 
+int threads_for(double products, int threads) {
+  constexpr double kWorth = 400e3;  // products
+  return std::max(1, std::min(threads, static_cast<int>(std::min(products / kWorth, 1024.0))));
+}
+
 const char* thread_source() { return openmp() ? "openmp" : "own"; }
 
 }  // namespace usmlite

@@ -12,6 +12,9 @@ namespace usmlite {
 // cores would wait for the first one's threads, which keep spinning for a while after each parallel part.
 void parallel(size_t tasks, int threads, void (*work)(void* context, size_t task, int worker), void* context);
 
+// How many of `threads` threads so many products keep busy: waking one takes as long as some of them.
+int threads_for(double products, int threads);
+
 // "openmp" or "own".
 const char* thread_source();
 

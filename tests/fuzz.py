@@ -28,6 +28,7 @@ import torch
 from small_whisper import logits, small_student
 from usmlite.errors import UsmliteError
 from usmlite.kernels import native
+from usmlite.models import engine
 from usmlite.pack import pack
 from usmlite.packed import HOLDS, load_packed
 from usmlite.packfile import CONFIG_NAME, WEIGHTS_NAME, WeightsFile
@@ -130,6 +131,11 @@ def run_case(models: Sequence[Path], folder: Path, seed: int) -> str:
     except UsmliteError as error:
         return f"refused: {type(error).__name__}"
     logits(model)
+    with torch.inference_mode():
+        encoded = engine.encode(model, torch.randn(1, 8, 3000))
+        decoder = engine.native_decoder(model, encoded)
+        if decoder is not None:
+            decoder.logits(decoder.step(torch.tensor([[257, 263]]))[:, -1])
     return "loaded"
 
 

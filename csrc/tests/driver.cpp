@@ -2,6 +2,7 @@
 // exactly its size on the heap, so that a byte too far is noticed. Also compares all paths with plain sums.
 //
 // usage: usmlite_driver [SECONDS [SEED]]
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -12,11 +13,13 @@
 #include <stdexcept>
 #include <vector>
 
+#include "attention.hpp"
 #include "isa.hpp"
 #include "linear.hpp"
 #include "rans.hpp"
 #include "threads.hpp"
 #include "weight.hpp"
+#include "whisper.hpp"
 
 namespace {
 
@@ -120,6 +123,7 @@ void check_product() {
 
   std::vector<float> dense;
   std::vector<float> whole;
+  const Activations rounded = below(2) == 0 ? Activations::kBytes : Activations::kPairs;
   for (const Isa* const* isa = available_isas(); *isa != nullptr; ++isa) {
     Floats all(parts.rows * parts.columns, 0.0f, 0.0f), out(count * parts.rows, 0.0f, 0.0f);
     const int threads = static_cast<int>(between(1, 4));
@@ -129,7 +133,7 @@ void check_product() {
     std::vector<float> found(all.data.get(), all.data.get() + all.count);
     if (dense.empty()) dense = found;
     if (dense != found) fail("paths unpack differently");
-    linear(weight, x.data.get(), count, stride, bias.data.get(), out.data.get(), false, **isa, threads);
+    linear(weight, x.data.get(), count, stride, bias.data.get(), out.data.get(), Activations::kFloats, **isa, threads);
     for (size_t i = 0; i < count; ++i) {
       for (size_t r = 0; r < parts.rows; ++r) {
         double sum = bias.data[r], size = 1.0;
@@ -142,7 +146,7 @@ void check_product() {
       }
     }
     weight.compute_sums(**isa, threads);
-    linear(weight, x.data.get(), count, stride, nullptr, out.data.get(), true, **isa, threads);
+    linear(weight, x.data.get(), count, stride, nullptr, out.data.get(), rounded, **isa, threads);
     found.assign(out.data.get(), out.data.get() + out.count);
     if (whole.empty()) whole = found;
     if (whole != found) fail("paths multiply whole numbers differently");
@@ -152,7 +156,9 @@ void check_product() {
       const uint32_t bits = static_cast<uint32_t>(generator());
       std::memcpy(wild.data.get() + i, &bits, sizeof(bits));
     }
-    linear(weight, wild.data.get(), count, stride, nullptr, out.data.get(), true, **isa, threads);
+    for (const Activations how : {Activations::kBytes, Activations::kPairs}) {
+      linear(weight, wild.data.get(), count, stride, nullptr, out.data.get(), how, **isa, threads);
+    }
   }
 }
 
@@ -225,6 +231,129 @@ void check_rans() {
   }
 }
 
+// Now and then any bits at all, which must lead nowhere else.
+void make_wild(Floats& numbers) {
+  for (size_t i = 0; i < numbers.count; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(generator());
+    std::memcpy(numbers.data.get() + i, &bits, sizeof(bits));
+  }
+}
+
+bool same(const std::vector<float>& a, const Floats& b) {
+  return a.empty() || std::memcmp(a.data(), b.data.get(), b.count * sizeof(float)) == 0;
+}
+
+void check_attention() {
+  const size_t count = between(1, 40), positions = between(1, 600), heads = between(1, 3), width = between(1, 70);
+  const size_t row = heads * width;
+  Floats query(count * row, -3.0f, 3.0f), key(positions * row, -1.0f, 1.0f), value(positions * row, -2.0f, 2.0f);
+  const bool wild = below(4) == 0;
+  if (wild) {
+    for (Floats* each : {&query, &key, &value}) {
+      if (below(2) == 0) make_wild(*each);
+    }
+  }
+  std::vector<float> first;
+  for (const Isa* const* isa = available_isas(); *isa != nullptr; ++isa) {
+    Floats out(count * row, 0.0f, 0.0f);
+    const int threads = static_cast<int>(between(1, 4));
+    const KeysValues from(key.data.get(), value.data.get(), positions, heads, width, **isa, threads);
+    const Attention job{&from, query.data.get(), count, out.data.get()};
+    attend(&job, 1, 0.3f, **isa, threads);
+    if (wild) continue;
+    if (!same(first, out)) fail("paths attend differently");
+    first.assign(out.data.get(), out.data.get() + out.count);
+    for (size_t i = 0; i < out.count; ++i) {
+      // Weighed means of what lies between -2 and 2.
+      if (!(std::fabs(out.data[i]) <= 2.02f)) fail("attention left the range of the values");
+    }
+  }
+  for (const Isa* const* isa = available_isas(); *isa != nullptr; ++isa) {
+    Floats x(row, -5.0f, 5.0f), y(row, 0.0f, 0.0f), scores(positions, 0.0f, 0.0f);
+    if (wild) make_wild(x);
+    (*isa)->gelu(x.data.get(), row, y.data.get());
+    (*isa)->normalize(x.data.get(), x.data.get(), y.data.get(), row, 1e-5f, y.data.get());
+    (*isa)->attend_floats(query.data.get(), 0.3f, key.data.get(), value.data.get(), row, positions, width,
+                          scores.data.get(), y.data.get());
+  }
+}
+
+// Weights of whole layers, with all that they refer to.
+struct Layers {
+  std::vector<std::unique_ptr<Buffer>> levels;
+  std::vector<std::unique_ptr<Floats>> numbers;
+  std::vector<std::unique_ptr<Weight>> weights;
+
+  const float* floats(size_t count, float low, float high) {
+    numbers.push_back(std::make_unique<Floats>(count, low, high));
+    return numbers.back()->data.get();
+  }
+  Norm norm(size_t width) { return {floats(width, 0.5f, 1.5f), floats(width, -0.1f, 0.1f), 1e-5f}; }
+  Linear linear(size_t rows, size_t columns) {
+    levels.push_back(std::make_unique<Buffer>(rows * columns));
+    Parts parts;
+    parts.rows = rows;
+    parts.columns = columns;
+    parts.codes = levels.back()->bytes();
+    floats(rows, 0.0001f, 0.001f);
+    parts.scale = numbers.back()->bytes();
+    weights.push_back(std::make_unique<Weight>(parts));
+    weights.back()->compute_sums(*best_isa(), 1);
+    return {weights.back().get(), below(2) == 0 ? nullptr : floats(rows, -0.1f, 0.1f)};
+  }
+  AttentionBlock attention(size_t width) {
+    return {norm(width), linear(width, width), linear(width, width), linear(width, width), linear(width, width)};
+  }
+  FeedForward feed(size_t width, size_t wide) { return {norm(width), linear(wide, width), linear(width, wide)}; }
+};
+
+void check_layers() {
+  Layers layers;
+  const size_t heads = between(1, 3), width = heads * between(1, 20), wide = between(1, 60), batch = between(1, 3);
+  const size_t positions = between(1, 300);
+  std::vector<EncoderLayer> encoding{{layers.attention(width), layers.feed(width, wide)}};
+  std::vector<DecoderLayer> decoding{{layers.attention(width), layers.attention(width), layers.feed(width, wide)}};
+  const Norm last = layers.norm(width);
+  Floats audio(batch * positions * width, -2.0f, 2.0f);
+  if (below(4) == 0) make_wild(audio);
+  std::vector<std::pair<size_t, size_t>> steps;
+  for (size_t rows = batch; rows > 0 && steps.size() < 4; rows -= below(2)) steps.push_back({rows, between(1, 5)});
+  const Floats text(batch * 5 * width, -2.0f, 2.0f);
+  const size_t swapped = below(batch);
+  std::vector<std::vector<float>> found;
+  for (const Isa* const* isa = available_isas(); *isa != nullptr; ++isa) {
+    const int threads = static_cast<int>(between(1, 4));
+    Floats x(audio.count, 0.0f, 0.0f);
+    std::copy_n(audio.data.get(), audio.count, x.data.get());
+    const Encoder encoder(encoding, last, width, heads, **isa);
+    for (size_t i = 0; i < batch; ++i) encoder.run(x.data.get() + i * positions * width, positions, threads);
+    Decoder decoder(decoding, last, width, heads, **isa);
+    decoder.hear(x.data.get(), batch, positions, threads);
+    if (found.empty()) found.resize(steps.size());
+    for (size_t i = 0; i < steps.size(); ++i) {
+      Floats rows(steps[i].first * steps[i].second * width, 0.0f, 0.0f);
+      std::copy_n(text.data.get(), rows.count, rows.data.get());
+      decoder.step(rows.data.get(), steps[i].first, steps[i].second, threads);
+      if (!same(found[i], rows)) fail("paths decode differently");
+      found[i].assign(rows.data.get(), rows.data.get() + rows.count);
+      if (i == 0) decoder.swap(0, std::min(swapped, decoder.slots() - 1));
+    }
+    const std::vector<size_t> chosen(between(1, 4), below(decoder.slots()));
+    decoder.select(chosen.data(), chosen.size());
+    const size_t beyond = decoder.slots();
+    try {
+      decoder.select(&beyond, 1);
+      fail("a sequence that is not there was selected");
+    } catch (const std::out_of_range&) {
+    }
+  }
+  try {
+    const Decoder wrong(decoding, last, width + 1, 1, *best_isa());
+    fail("layers that do not fit were taken");
+  } catch (const std::invalid_argument&) {
+  }
+}
+
 void check_threads() {
   const size_t tasks = below(200);
   const int threads = static_cast<int>(between(1, 8));
@@ -250,6 +379,8 @@ int main(int count, char** arguments) {
     check_product();
     check_refusal();
     check_rans();
+    check_attention();
+    check_layers();
     check_threads();
     ++rounds;
   } while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds);

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -29,10 +29,13 @@ from usmlite.audio import (
     load_audio,
 )
 from usmlite.errors import AudioError
-from usmlite.models import Adapter, Decoded, Options, TimedText, Word
 from usmlite.models.fallback import is_silence
+from usmlite.models.options import Options
 from usmlite.streaming import Update, agreeing
 from usmlite.vad import Pack, packs, speech
+
+if TYPE_CHECKING:
+    from usmlite.models import Adapter, Decoded, TimedText, Word
 
 _SHORTEST = 0.1  # seconds; a rest shorter than this holds no word
 _HELD_SECONDS = 3600.0  # of audio open at once, if it is more than one recording

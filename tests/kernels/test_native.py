@@ -248,6 +248,33 @@ def test_convolution(path: str, stride: int, padding: int, frames: int) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize(
+    "spec", [LayerSpec(Int(8), column_scales=True), LayerSpec(Int(4), NM(2, 4), 8)], ids=str
+)
+def test_two_terms_are_nearly_exact(spec: LayerSpec) -> None:
+    torch.manual_seed(0)
+    for (rows, columns), count in itertools.product(SHAPES, COUNTS):
+        x, weight, bias = (
+            torch.randn(count, columns) * 3 + 0.5,
+            packed(rows, columns, spec),
+            torch.randn(rows),
+        )
+        dense = reference.unpack(weight).double()
+        exact = x.double() @ dense.T + bias.double()
+        found = [
+            native.linear(x, prepared(weight, "int8", path), bias, activations="int16") for path in PATHS
+        ]
+        # What the first rounding leaves lies within one of its steps, and is rounded to 255 of its own.
+        bound = rounding_bound(x, weight) / 255 + 2e-5 * (x.double().abs() @ dense.abs().T) + 1e-5
+        assert bool(((found[0].double() - exact).abs() <= bound).all())
+        assert all(torch.equal(found[0], other) for other in found[1:])
+    x[0, 0] = float("nan")
+    out = native.linear(x, prepared(weight, "int8", PATHS[0]), activations="int16")
+    assert bool(out[0].isnan().all())
+    assert bool(out[1:].isfinite().all())
+
+
+@needs_native
 def test_memory_lives_as_long_as_the_library_reads_it() -> None:
     x, weight = torch.randn(3, 1000), packed(700, 1000, LayerSpec(Int(4), NM(2, 4)))
     expected = native.linear(x, prepared(weight, "int8", PATHS[0]))
@@ -256,7 +283,7 @@ def test_memory_lives_as_long_as_the_library_reads_it() -> None:
     gc.collect()
     filled = [torch.full((700, 250), 255, dtype=torch.uint8) for _ in range(20)]  # where it was, if it went
     out = torch.empty(3, 700)
-    handle.linear((x.data_ptr(), x.nbytes), 3, 1000, (0, 0), (out.data_ptr(), out.nbytes), True, 0, 1)
+    handle.linear((x.data_ptr(), x.nbytes), 3, 1000, (0, 0), (out.data_ptr(), out.nbytes), 1, 0, 1, 0)
     assert torch.equal(out, expected)
     assert len(filled) == 20
 

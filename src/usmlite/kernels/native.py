@@ -25,6 +25,10 @@ from usmlite.kernels.weights import ExpandedWeight, PackedWeight
 if TYPE_CHECKING:
     import usmlite.kernels._native as _native
 
+    BlockParts: TypeAlias = tuple[
+        tuple[tuple[int, int], tuple[int, int], float], list[tuple[_native.Weight, tuple[int, int]]]
+    ]
+
 
 def _load() -> ModuleType | None:
     try:
@@ -34,6 +38,7 @@ def _load() -> ModuleType | None:
 
 
 Activations = Literal["int8", "float32"]
+KINDS = ("float32", "int8", "int16")  # in the order of csrc/linear.hpp
 VARIABLE = "USMLITE_KERNELS"
 _library = _load()
 _NOTHING = (0, 0)
@@ -75,7 +80,20 @@ def warn_if_missing() -> None:
         )
 
 
-def _binding() -> ModuleType:
+def number(path: str | None) -> int:
+    """The number that the library knows an instruction set by; None is the chosen one.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    path = path or chosen()
+    if path not in paths():
+        raise ValueError(f"no path {path!r} here, only {', '.join(paths())}")
+    return paths().index(path)
+
+
+def library() -> ModuleType:
+    """The binding of csrc/; RuntimeError where it is missing."""
     if _library is None:
         raise RuntimeError("the native library is not there")
     return _library
@@ -109,7 +127,7 @@ def decode_stream(
         raise ValueError("impossible frequencies")
     table = _checked(frequencies.astype(np.uint16), np.uint16)
     out = np.empty((len(rows), len(columns)), np.uint8)
-    _binding().rans_decode(
+    library().rans_decode(
         _array(stream), bits, lowest, _array(rows), _array(columns), len(table), _array(table), _array(out)
     )
     return out
@@ -200,7 +218,7 @@ def prepare(
     columns = None if weight.column_scale is None else weight.column_scale.to(torch.float32).contiguous()
     if columns is not None:
         column_scale = _memory(columns, torch.float32)
-    handle = _binding().Weight(
+    handle = library().Weight(
         weight.rows,
         weight.columns,
         min(weight.group or 0, weight.columns),
@@ -250,6 +268,15 @@ def _memory(tensor: Tensor, dtype: torch.dtype) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.nbytes
 
 
+def memory(tensor: Tensor) -> tuple[int, int]:
+    """Address and bytes of float32 numbers, one after the other in memory.
+
+    Raises:
+        ValueError: it is another dtype, elsewhere, or not contiguous.
+    """
+    return _memory(tensor, torch.float32)
+
+
 def suits(x: Tensor) -> bool:
     """Whether the library may compute with these activations: in memory, real, and nobody wants gradients."""
     return (
@@ -260,13 +287,17 @@ def suits(x: Tensor) -> bool:
     )
 
 
-def linear(x: Tensor, weight: NativeWeight, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: NativeWeight, bias: Tensor | None = None, *, activations: str | None = None
+) -> Tensor:
     """X times the transposed weight, plus bias.
 
     Args:
         x: float `[..., columns]`, in memory.
         weight: `[rows, columns]`.
         bias: `[rows]`, or None.
+        activations: one of `KINDS` in place of the weight's own. "int16" rounds as "int8" does, and what that
+            rounded away once more: twice the arithmetic for the same reading of the weight.
 
     Returns:
         `[..., rows]` in x's dtype; computed in float32, or in whole numbers (see `NativeWeight`).
@@ -282,7 +313,7 @@ def linear(x: Tensor, weight: NativeWeight, bias: Tensor | None = None) -> Tenso
         x = x.to(torch.float32)
     x = x.contiguous()
     out = torch.empty((*x.shape[:-1], weight.rows))
-    _multiply(x, weight, bias, x.numel() // columns, columns, out)
+    _multiply(x, weight, bias, x.numel() // columns, columns, out, activations)
     return out if dtype is torch.float32 else out.to(dtype)
 
 
@@ -305,21 +336,60 @@ def convolve(x: Tensor, weight: NativeWeight, bias: Tensor | None, stride: int, 
     Raises:
         ValueError: shapes do not fit, or the frames hold no window.
     """
-    batch, channels, frames = x.shape
+    return convolve_frames(x.transpose(1, 2), weight, bias, stride, padding).transpose(1, 2).to(x.dtype)
+
+
+def convolve_frames(
+    x: Tensor,
+    weight: NativeWeight,
+    bias: Tensor | None,
+    stride: int,
+    padding: int,
+    *,
+    gelu: bool = False,
+    activations: str | None = None,
+) -> Tensor:
+    """`convolve` with the channels of a frame next to each other.
+
+    Args:
+        x: float `[batch, frames, channels]`, in memory.
+        weight: `[out, width * channels]`, the channels of one place next to each other.
+        bias: `[out]`, or None.
+        stride: frames from one window to the next, at least 1.
+        padding: frames of zeros on both sides.
+        gelu: whether the Gaussian error linear unit follows.
+        activations: one of `KINDS` in place of the weight's own.
+
+    Returns:
+        float32 `[batch, windows, out]`.
+
+    Raises:
+        ValueError: shapes do not fit, or the frames hold no window.
+    """
+    batch, frames, channels = x.shape
     width, rest = divmod(weight.columns, channels)
     windows = (frames + 2 * padding - width) // stride + 1
     if rest or width < 1 or stride < 1 or padding < 0 or windows < 1:
-        raise ValueError(f"no window of {weight.columns} numbers in {list(x.shape)} with padding {padding}")
+        raise ValueError(
+            f"no window of {weight.columns} numbers in {[batch, channels, frames]} with padding {padding}"
+        )
     rows = torch.zeros(batch, frames + 2 * padding, channels)
-    rows[:, padding : padding + frames] = x.transpose(1, 2)
+    rows[:, padding : padding + frames] = x
     out = torch.empty(batch, windows, weight.rows)
     for one, result in zip(rows, out, strict=True):
-        _multiply(one, weight, bias, windows, stride * channels, result)
-    return out.transpose(1, 2).to(x.dtype)
+        _multiply(one, weight, bias, windows, stride * channels, result, activations, gelu)
+    return out
 
 
 def _multiply(
-    x: Tensor, weight: NativeWeight, bias: Tensor | None, count: int, stride: int, out: Tensor
+    x: Tensor,
+    weight: NativeWeight,
+    bias: Tensor | None,
+    count: int,
+    stride: int,
+    out: Tensor,
+    activations: str | None = None,
+    gelu: bool = False,
 ) -> None:
     added = _NOTHING
     if bias is not None:
@@ -333,9 +403,10 @@ def _multiply(
         stride,
         added,
         (out.data_ptr(), out.nbytes),
-        weight.activations == "int8",
+        KINDS.index(activations or weight.activations),
         weight.path,
         torch.get_num_threads(),
+        int(gelu),
     )
 
 

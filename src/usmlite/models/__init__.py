@@ -4,12 +4,18 @@
 with the adapter of its family.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# What a transcription alone needs of this; the others import Transformers, and come when they are asked for.
 from usmlite.models.adapter import Adapter, Attention, Decoded, TimedText, Word
-from usmlite.models.ctc import CTCAdapter, CTCLayout
-from usmlite.models.families import adapter_class, prepare, read_configuration, register, skeleton
 from usmlite.models.options import Options
-from usmlite.models.sources import Teacher, load_teacher
-from usmlite.models.whisper import WhisperAdapter
+
+if TYPE_CHECKING:
+    from usmlite.models.ctc import CTCAdapter, CTCLayout
+    from usmlite.models.families import adapter_class, prepare, read_configuration, register, skeleton
+    from usmlite.models.sources import Teacher, load_teacher
+    from usmlite.models.whisper import WhisperAdapter
 
 __all__ = [
     "Adapter",
@@ -29,3 +35,19 @@ __all__ = [
     "register",
     "skeleton",
 ]
+
+_HOME = {
+    "ctc": ("CTCAdapter", "CTCLayout"),
+    "families": ("adapter_class", "prepare", "read_configuration", "register", "skeleton"),
+    "sources": ("Teacher", "load_teacher"),
+    "whisper": ("WhisperAdapter",),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'usmlite.models' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"usmlite.models.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value

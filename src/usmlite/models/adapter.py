@@ -6,14 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
 
 from usmlite.errors import ModelError
 from usmlite.models.options import Options
 from usmlite.network import SEQUENCE_TO_SEQUENCE, Network
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 WITHOUT_TIMES = Options(timestamps=False)
 """A window's text, greedily."""

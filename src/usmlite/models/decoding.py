@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from usmlite.models.engine import NativeDecoder, native_decoder
+
 SECONDS_PER_TIMESTAMP = 0.02
 TIMESTAMPS = 1501  # <|0.00|> to <|30.00|>
 _CACHE_CHUNK = 64  # positions by which the self-attention cache grows
@@ -217,7 +219,7 @@ class Prompt:
 
 def begin(
     model: nn.Module, encoded: Tensor, prompt: Prompt, options: DecodingOptions
-) -> tuple[_Decoder, list[Row], Tensor, int]:
+) -> tuple[_Decoder | NativeDecoder, list[Row], Tensor, int]:
     """A decoder that was told the prompt.
 
     Args:
@@ -231,7 +233,7 @@ def begin(
         logits of the first token, float32 `[batch, vocabulary]`; and how many tokens may follow.
     """
     batch, device = encoded.shape[0], encoded.device
-    decoder = _Decoder(model, encoded)
+    decoder = native_decoder(model, encoded) or _Decoder(model, encoded)
     rows = [Row(index) for index in range(batch)]
     before = [[*previous, prompt.start] for previous in prompt.previous] or [[prompt.start]] * batch
     place = len(before[0]) - 1

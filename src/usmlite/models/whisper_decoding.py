@@ -20,6 +20,7 @@ from usmlite.audio import SAMPLE_RATE, WINDOW_SAMPLES, WINDOW_SECONDS, log_mel
 from usmlite.errors import ModelError
 from usmlite.models.adapter import WITHOUT_TIMES, Adapter, Decoded, TimedText, unknown_task
 from usmlite.models.decoding import DecodingOptions, Prompt, Row
+from usmlite.models.engine import encode
 from usmlite.models.options import Options
 from usmlite.models.segments import Piece, cut_at_timestamps
 from usmlite.models.windows import decode_windows, likeliest_languages
@@ -227,10 +228,10 @@ class WhisperDecoding(Adapter):
             raise unknown_task(task, tasks, self._where, f"Choose another task{remedy}")
 
     def _encode(self, model: nn.Module, features: Tensor) -> Tensor:
-        encoder = cast(Any, model).model.encoder
-        norm = encoder.layer_norm.weight  # norms are kept as they are by every compression
+        network = cast(Any, model)
+        norm = network.model.encoder.layer_norm.weight  # norms are kept as they are by every compression
         with torch.inference_mode():
-            return cast(Tensor, encoder(features.to(norm.device, norm.dtype)).last_hidden_state)
+            return encode(network, features.to(norm.device, norm.dtype))
 
     def _prompt(self, code: str | None, options: Options, previous: Sequence[str], batch: int) -> Prompt:
         task, timestamps = options.task, options.timestamps
