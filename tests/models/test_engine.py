@@ -13,7 +13,7 @@ import torch
 from small_whisper import small_student, small_teacher
 from usmlite.kernels import native
 from usmlite.models import engine
-from usmlite.models.decoding import DecodingOptions, _Decoder, decode_greedily
+from usmlite.models.decoding import DecodingOptions, Prompt, _Decoder, decode_greedily
 from usmlite.pack import pack
 from usmlite.packed import load_packed
 from usmlite.spec import CompressionSpec
@@ -70,13 +70,13 @@ def test_a_batch_says_what_each_row_says_alone(folder: Path) -> None:
         end=0, timestamp_begin=None, no_timestamps=263, no_speech=262, max_new_tokens=20
     )
     encoded = torch.randn(5, 1500, 24, generator=torch.Generator().manual_seed(0)) * 2
-    free = [decode_greedily(model, row[None], [263], options, start=257)[0].tokens for row in encoded]
+    free = [decode_greedily(model, row[None], Prompt(257, [263]), options)[0].tokens for row in encoded]
     common = next(token for token in free[0] if any(token not in row for row in free))
     ended = DecodingOptions(
         end=common, timestamp_begin=None, no_timestamps=263, no_speech=262, max_new_tokens=20
     )
-    alone = [decode_greedily(model, row[None], [263], ended, start=257)[0].tokens for row in encoded]
-    together = [row.tokens for row in decode_greedily(model, encoded, [263], ended, start=257)]
+    alone = [decode_greedily(model, row[None], Prompt(257, [263]), ended)[0].tokens for row in encoded]
+    together = [row.tokens for row in decode_greedily(model, encoded, Prompt(257, [263]), ended)]
     assert together == alone
     assert len({len(tokens) for tokens in together}) > 1
 
