@@ -80,7 +80,8 @@ def ways(weight: Tensor, moments: Moments) -> Iterator[tuple[str, Tensor, float]
         quant = Int(bits)
         for name, scales in ((NEAREST, quantize.min_max), (FITTED, quantize.min_error)):
             scale, zero = scales(weight, quant, None)
-            yield name, quantize.fake_quantize(weight, scale, zero, quant, None), bits + scale_bits
+            codes = quantize.quantize(weight, scale, zero, quant, None)
+            yield name, quantize.dequantize(codes, scale, zero, quant, None), bits + scale_bits
         found = solve(weight, moments.covariance, LayerSpec(quant=quant))
         yield SECOND_ORDER, found.values, bits + scale_bits
         codes = quantize.quantize(found.values, found.scale, None, quant, None)

@@ -24,8 +24,10 @@ exclude_patterns = [path.name for path in _ROOT.iterdir() if path.name != "docs"
 
 # A link to a heading names it as code hosts do; more than the pages in the menu may come from other changes.
 myst_heading_anchors = 4
-suppress_warnings = ["toc.empty_glob"]
+suppress_warnings = ["toc.glob"]
 
+# Docstrings mark code as Markdown does.
+default_role = "literal"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_member_order = "bysource"
