@@ -3,8 +3,8 @@
     python benchmarks/rounding.py             measures, writes results/rounding.json and the figure
     python benchmarks/rounding.py --draw      only draws the figure again
 
-One weight of a real model, rounded for what it is given on synthetic speech that is made on the spot; the error
-is that of its output on other sentences. Bytes are those of codes and scales as the packed file has them.
+One weight of a real model, rounded for what it is given on synthetic speech that is made on the spot; the
+error is that of its output on other sentences. Bytes are those of codes and scales as in the packed file.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MODEL, LAYER = "tiny.en", "model.encoder.layers.1.fc2"
 SENTENCES = {"train": 72, "dev": 24, "test": 1}
 BITS = (2, 3, 4, 5)
 RATES = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5)
-WINDOW = 480_000  # samples
+WINDOW, FRAMES = 480_000, 1500  # samples, and what the encoder makes of them
 
 NEAREST = "nearest, scale from the largest weight"
 FITTED = "nearest, scale of least error"
@@ -53,7 +53,7 @@ WAYS = (NEAREST, FITTED, SECOND_ORDER, CODED, RATE)
 
 
 def inputs_of(teacher: Teacher, manifest: Path) -> Tensor:
-    """What the layer is given on some speech, float32 `[vectors, columns]`: windows are filled with sentences."""
+    """What the layer is given on some speech, float32 `[vectors, columns]`, sentence after sentence."""
     samples = np.concatenate([load_audio(utterance.audio) for utterance in load_corpus(manifest)])
     windows = torch.from_numpy(samples[: len(samples) // WINDOW * WINDOW].reshape(-1, WINDOW))
     rows: list[Tensor] = []
@@ -78,10 +78,10 @@ def ways(weight: Tensor, moments: Moments) -> Iterator[tuple[str, Tensor, float]
     scale_bits = 16 / weight.shape[1]
     for bits in BITS:
         quant = Int(bits)
-        for name, scales in ((NEAREST, quantize.min_max), (FITTED, quantize.min_error)):
-            scale, zero = scales(weight, quant, None)
-            codes = quantize.quantize(weight, scale, zero, quant, None)
-            yield name, quantize.dequantize(codes, scale, zero, quant, None), bits + scale_bits
+        fitted = quantize.min_error(weight, None, quant, None)
+        for name, (scale, zero) in ((NEAREST, quantize.min_max(weight, quant, None)), (FITTED, fitted)):
+            values = quantize.fake_quantize(weight, None, scale, zero, quant, None)
+            yield name, values, bits + scale_bits
         found = solve(weight, moments.covariance, LayerSpec(quant=quant))
         yield SECOND_ORDER, found.values, bits + scale_bits
         codes = quantize.quantize(found.values, found.scale, None, quant, None)
@@ -116,22 +116,23 @@ def measure() -> dict[str, Any]:
         for name, values, bits in ways(weight, moments)
     ]
     return {
-        "model": MODEL, "layer": LAYER, "windows": [len(seen) // 1500, len(held_out) // 1500], "points": points,
-        "machine": describe_machine(torch.device("cpu")), "versions": describe_versions(),
+        "model": MODEL, "layer": LAYER, "points": points,
+        "windows": [len(seen) // FRAMES, len(held_out) // FRAMES],
+        "machine": describe_machine(), "versions": describe_versions(),
     }  # fmt: skip
 
 
 def drawn(measured: Mapping[str, Any]) -> bytes:
     """The figure as SVG."""
     axes = alt.Chart(alt.Data(values=measured["points"])).encode(
-        x=alt.X("bits:Q", title="bits a weight in the file").scale(domain=(1, 5)),
+        x=alt.X("bits:Q", title="bits a weight in the file").scale(domain=(1, 5.2), nice=False),
         y=alt.Y("error:Q", title="error of the layer's output, relative")
         .scale(type="log", domain=(0.0003, 3), clamp=True)
         .axis(format="~%", values=[0.001, 0.01, 0.1, 1]),
-        color=alt.Color("way:N", title=None, sort=list(WAYS)).legend(orient="right", symbolSize=140),
-        shape=alt.Shape("way:N", sort=list(WAYS)).legend(None),
+        color=alt.Color("way:N", title=None).scale(domain=list(WAYS)),
     )
-    marks = axes.mark_line(strokeWidth=2, point=False) + axes.mark_point(filled=True, size=70, opacity=1)
+    shape = alt.Shape("way:N", title=None).scale(domain=list(WAYS))
+    marks = axes.mark_line(strokeWidth=2) + axes.mark_point(filled=True, size=70, opacity=1).encode(shape=shape)
     spec = marks.properties(width=420, height=300).to_dict()
     svg = vl_convert.vegalite_to_svg(
         spec, vl_version=vega.converter_version(), config=config(LIGHT, font=PAPER_FONT)

@@ -1,5 +1,7 @@
-"""How the documentation is built: `make docs`. Its root is the repository, so that its pages, the README
-and the code can name each other by paths that lead somewhere on a code host as well (docs/decisions/0024).
+"""How the documentation is built, see `make docs`.
+
+Its root is the repository, so that its pages, the README and the code can name each other by paths that
+lead somewhere on a code host as well (docs/decisions/0024).
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ include_patterns = _PAGES
 # Not even looked into: virtual environments, runs and speech may lie beside the pages.
 exclude_patterns = [path.name for path in _ROOT.iterdir() if path.name != "docs" and path.suffix != ".md"]
 
-# A link to a heading names it as code hosts do; more than the pages in the menu may come from other changes.
+# A link to a heading names it as code hosts do.
 myst_heading_anchors = 4
-suppress_warnings = ["toc.glob"]
 
 # Docstrings mark code as Markdown does.
 default_role = "literal"
+smartquotes = False
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_member_order = "bysource"
