@@ -132,8 +132,8 @@ def drawn(measured: Mapping[str, Any]) -> bytes:
         color=alt.Color("way:N", title=None).scale(domain=list(WAYS)),
     )
     shape = alt.Shape("way:N", title=None).scale(domain=list(WAYS))
-    marks = axes.mark_line(strokeWidth=2) + axes.mark_point(filled=True, size=70, opacity=1).encode(shape=shape)
-    spec = marks.properties(width=420, height=300).to_dict()
+    points = axes.mark_point(filled=True, size=70, opacity=1).encode(shape=shape)
+    spec = (axes.mark_line(strokeWidth=2) + points).properties(width=420, height=300).to_dict()
     svg = vl_convert.vegalite_to_svg(
         spec, vl_version=vega.converter_version(), config=config(LIGHT, font=PAPER_FONT)
     )
