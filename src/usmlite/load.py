@@ -41,7 +41,7 @@ def load(
     Args:
         source: the name of a model that comes with usmlite ("tiny.en-small", a packed one, the default); a
             packed model's directory; a run's directory (its packed model is taken); a student that a run
-            saved (`RUN/best`, `RUN/checkpoints/step-000200`); "USER/NAME" or "USER/NAME@REVISION" on the
+            saved (`RUN/best`, `RUN/checkpoints/step-000200`); `USER/NAME` or `USER/NAME@REVISION` on the
             hub, packed or dense; or anything else `load_teacher` takes.
         revision: the branch, tag or commit of a model on the hub, where its name does not say it.
         hold: how a packed model's weights are kept in memory: expanded to "float32", as "int8" codes, or

@@ -407,7 +407,7 @@ class Rule:
     """`spec` for every weight whose module name matches `match` and whose kind is `kind`.
 
     Attributes:
-        match: a shell-style pattern over module names ("model.encoder.*", "*.fc1").
+        match: a shell-style pattern over module names (`model.encoder.*`, `*.fc1`).
         spec: what those weights become.
         kind: "linear", "conv1d", "embedding", "positions", or None for all.
     """
