@@ -29,6 +29,7 @@ PAGES = {
 README = PAGES["README.md"]
 WITH_THE_SHIPPED_MODEL = "usmlite transcribe interview.wav"
 # These finish in seconds with the small models of the tests; the others are parsed.
+PEERS = {"faster-whisper", "pywhispercpp"}  # what benchmarks compare with, for which there is no extra
 QUICK = ("evaluate", "transcribe", "info", "export")
 
 
@@ -117,6 +118,10 @@ def test_shell_lines_are_real(line: str, monkeypatch: pytest.MonkeyPatch) -> Non
     elif words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert words[1] in targets
+    elif words[:3] == ["python", "-m", "pytest"]:
+        assert all((ROOT / path).is_file() for path in words[3:])
+    elif words[:2] == ["pip", "install"] and words[2] in PEERS:
+        assert set(words[2:]) <= PEERS
     elif words[:2] == ["pip", "install"]:
         extras = re.fullmatch(r"\.(?:\[([a-z,]+)\])?", words[2])
         assert extras is not None
@@ -205,10 +210,12 @@ def flags() -> Iterator[str]:
 
 
 def test_flags_exist() -> None:
+    # Those of the benchmarks are parsed with their lines.
+    known = {"--parts"}
     parser = cli.build_parser()
     commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
     actions = [action for command in commands.values() for action in command._actions]
-    known = {option for action in actions for option in action.option_strings}
+    known |= {option for action in actions for option in action.option_strings}
     found = set(flags())
     assert len(found) > 20
     assert found <= known
