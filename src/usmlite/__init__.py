@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from usmlite.load import load
     from usmlite.models import Teacher, load_teacher
     from usmlite.movement import attach
+    from usmlite.push import push
     from usmlite.recipe import Recipe, build_recipe, load_recipe
     from usmlite.runtime import Recognizer, Segment, Transcript
     from usmlite.spec import NM, CompressionSpec, Int, LayerSpec, Rule
@@ -77,6 +78,7 @@ __all__ = [
     "load_recipe",
     "load_teacher",
     "make_student",
+    "push",
     "write_manifest",
 ]
 
@@ -91,6 +93,7 @@ _HOME = {
     "load": ("load",),
     "movement": ("attach",),
     "models": ("Teacher", "load_teacher"),
+    "push": ("push",),
     "recipe": ("Recipe", "build_recipe", "load_recipe"),
     "runtime": ("Recognizer", "Segment", "Transcript"),
     "spec": ("NM", "CompressionSpec", "Int", "LayerSpec", "Rule"),

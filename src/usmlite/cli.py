@@ -163,6 +163,15 @@ examples:
   usmlite info small/packed --json
 """
 
+PUSH_EPILOG = """\
+  usmlite push small/ me/whisper-tiny-small --license mit
+  usmlite transcribe me/whisper-tiny-small interview.wav
+
+Log in first with `hf auth login`, or set HF_TOKEN. Of a run, the card has the word error rates that the run
+measured, also in the form that the hub shows beside the model (model-index); look at it with --dry-run. The
+whole model goes in one commit.
+"""
+
 DEMO_EPILOG = """\
 It needs the extra: pip install "usmlite[demo]". The speech is synthetic and made on the spot, by one voice:
 the word error rates say that the whole flow works, not how good a model is. Results on real speech are in
@@ -195,6 +204,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_transcribe(commands)
     _add_info(commands)
+    _add_push(commands)
     _add_demo(commands)
     return parser
 
@@ -430,6 +440,28 @@ def _add_info(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     _add_recipe_flags(parser, ("spec",))
+
+
+def _add_push(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "push",
+        "put a packed model on the Hugging Face hub, with a model card",
+        PUSH_EPILOG,
+        _run_push,
+    )
+    parser.add_argument("source", type=Path, metavar="DIR", help="a run, or its packed model")
+    parser.add_argument("name", metavar="USER/NAME", help="what it shall be called there")
+    parser.add_argument("--private", action="store_true", help="make a new repository a private one")
+    parser.add_argument("--revision", metavar="BRANCH", help="the branch (default: the main one)")
+    parser.add_argument("--message", metavar="TEXT", help="of the commit")
+    parser.add_argument(
+        "--license", metavar="ID", help="the weights' license in the hub's words, such as mit"
+    )
+    parser.add_argument("--card", type=Path, metavar="FILE", help="a README.md to take instead")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check the model and print the card; nothing is sent"
+    )
 
 
 def _add_demo(commands: Any) -> None:
@@ -944,6 +976,27 @@ def _run_info(arguments: argparse.Namespace) -> int:
     console.print(information_table(found))
     for line in found.summary():
         console.print(line, markup=False)
+    return 0
+
+
+def _run_push(arguments: argparse.Namespace) -> int:
+    _quiet_libraries()
+    from usmlite.push import prepare, push
+
+    if arguments.dry_run:
+        _, text = prepare(arguments.source, arguments.name, license_id=arguments.license, card=arguments.card)
+        print(text, end="", flush=True)
+        return 0
+    address = push(
+        arguments.source,
+        arguments.name,
+        private=arguments.private,
+        revision=arguments.revision,
+        message=arguments.message,
+        license_id=arguments.license,
+        card=arguments.card,
+    )
+    print(address, flush=True)
     return 0
 
 

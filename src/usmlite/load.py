@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+from usmlite import hub
 from usmlite.checkpoint import load_student
 from usmlite.errors import ModelError
 from usmlite.kernels import Activations
@@ -29,14 +30,20 @@ SPEC_FILE = "spec.toml"
 
 
 def load(
-    source: str | Path = DEFAULT, *, hold: Hold | None = None, activations: Activations = "int8"
+    source: str | Path = DEFAULT,
+    *,
+    revision: str | None = None,
+    hold: Hold | None = None,
+    activations: Activations = "int8",
 ) -> Recognizer:
     """Loads a model for transcription and evaluation.
 
     Args:
         source: the name of a model that comes with usmlite ("tiny.en-small", a packed one, the default); a
             packed model's directory; a run's directory (its packed model is taken); a student that a run
-            saved (`RUN/best`, `RUN/checkpoints/step-000200`); or anything `load_teacher` takes.
+            saved (`RUN/best`, `RUN/checkpoints/step-000200`); "USER/NAME" or "USER/NAME@REVISION" on the
+            hub, packed or dense; or anything else `load_teacher` takes.
+        revision: the branch, tag or commit of a model on the hub, where its name does not say it.
         hold: how a packed model's weights are kept in memory: expanded to "float32", as "int8" codes, or
             "packed" as in the file (smallest). None chooses the fastest: "int8" with the native library,
             "float32" without.
@@ -48,7 +55,22 @@ def load(
         PackedModelError: a damaged packed model.
         TrainingError: a damaged student.
     """
-    path = shipped(source) or Path(source)
+    name, path = str(source), shipped(source) or Path(source)
+    named = None if path.is_dir() else hub.parse(source)
+    if revision is not None and (named is None or named[1] is not None):
+        raise ModelError(
+            "only a model on the hub has a revision, and one",
+            where=name,
+            expected="USER/NAME",
+            found=f"revision {revision}",
+        )
+    if named is not None:
+        repository, revision = named[0], named[1] or revision
+        found = hub.fetch_packed(repository, revision)
+        if found is not None:
+            path = found
+        elif revision is not None:
+            source = hub.fetch_dense(repository, revision)
     if source in SHIPPED and not path.is_dir():
         raise ModelError(
             "this installation came without its models",
@@ -68,7 +90,7 @@ def load(
     if is_packed(path):
         model, adapter = load_packed(path, hold=hold or fastest_hold(), activations=activations)
         size = (path / WEIGHTS_NAME).stat().st_size
-        return Recognizer(model, adapter, name=str(source), kind="packed", weights_bytes=size)
+        return Recognizer(model, adapter, name=name, kind="packed", weights_bytes=size)
     if (path / STUDENT_FILE).is_file():
         return _load_student(path)
     return dense_recognizer(load_teacher(source))
