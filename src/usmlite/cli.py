@@ -160,7 +160,7 @@ It needs the extra: pip install "usmlite[serve]". The API is OpenAI's: POST /v1/
 /metrics for Prometheus. See docs/serving.md.
 
 Requests are decoded side by side. SIGTERM or Ctrl-C ends the server once what it has accepted is answered, a
-second one at once. A server that others can reach should have a key, and a proxy in front of it that speaks HTTPS.
+second one at once. A server that others can reach should have a key, and a proxy for HTTPS in front of it.
 
 examples:
   usmlite serve

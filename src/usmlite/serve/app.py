@@ -27,6 +27,8 @@ from usmlite.serve.service import Service
 from usmlite.serve.wishes import FORMATS, GRANULARITIES
 
 LIVE = "/v1/audio/live"
+_TRANSCRIPTIONS, _TRANSLATIONS = "/v1/audio/transcriptions", "/v1/audio/translations"
+_COUNTED = frozenset({"/", "/health", "/metrics", "/v1/models", _TRANSCRIPTIONS, _TRANSLATIONS})
 _KEY_SECONDS = 5.0  # in which a browser must have sent its key
 _EVERY = (0.2, 10.0)  # seconds
 # Close codes of WebSockets (RFC 6455 and the registry of IANA).
@@ -50,12 +52,11 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(_open_routes(service))
     app.include_router(_api_routes(service))
     app.add_api_websocket_route(LIVE, lambda socket: _live(service, socket))
-    known = {route.path for route in app.routes if hasattr(route, "path")}
     if service.settings.origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=service.settings.origins, allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(Gate, metrics=service.metrics, limits=service.limits, known=known)
+    app.add_middleware(Gate, metrics=service.metrics, limits=service.limits, known=_COUNTED)
     return app
 
 
@@ -95,27 +96,27 @@ def _api_routes(service: Service) -> APIRouter:
     async def check_key(request: Request) -> None:
         service.check_key(_bearer(request.headers.get("authorization")))
 
-    router = APIRouter(prefix="/v1", dependencies=[Depends(check_key)])
+    router = APIRouter(dependencies=[Depends(check_key)])
     card = {"id": service.settings.name, "object": "model", "created": service.started, "owned_by": "usmlite"}
 
-    @router.get("/models")
+    @router.get("/v1/models")
     async def models() -> Response:
         """The one model."""
         return JSONResponse({"object": "list", "data": [card]})
 
-    @router.get("/models/{name:path}")
+    @router.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         """The model, by its name."""
         if name != service.settings.name:
             raise ApiError(404, "There is no such model here.", code="model_not_found", param="model")
         return JSONResponse(card)
 
-    @router.post("/audio/transcriptions", openapi_extra=_form("transcribe"))
+    @router.post(_TRANSCRIPTIONS, openapi_extra=_form("transcribe"))
     async def transcriptions(request: Request) -> Response:
         """Audio to text."""
         return await service.transcribe(request, "transcribe")
 
-    @router.post("/audio/translations", openapi_extra=_form("translate"))
+    @router.post(_TRANSLATIONS, openapi_extra=_form("translate"))
     async def translations(request: Request) -> Response:
         """Audio to English text."""
         return await service.transcribe(request, "translate")
@@ -157,10 +158,10 @@ async def _tell(socket: WebSocket, error: ApiError) -> None:
 async def _authorize(service: Service, socket: WebSocket) -> None:
     """Browsers ask every site's sockets for anybody, and cannot send a header."""
     origin = socket.headers.get("origin")
-    if origin is not None and origin not in service.settings.origins:
-        # The host alone: a proxy may speak another protocol than its clients.
-        if urlsplit(origin).netloc != socket.headers.get("host"):
-            raise ApiError(403, "This site may not use this server.", code="origin_not_allowed")
+    # The host alone is compared: a proxy may speak another protocol than its clients.
+    foreign = origin is not None and urlsplit(origin).netloc != socket.headers.get("host")
+    if foreign and origin not in service.settings.origins:
+        raise ApiError(403, "This site may not use this server.", code="origin_not_allowed")
     if not service.needs_key:
         return
     given = socket.headers.get("authorization")

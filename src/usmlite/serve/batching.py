@@ -1,7 +1,7 @@
 """Requests decoded side by side: one thread that holds the model, and gathers what is waiting.
 
-Every request is a `Passage` of windows. A step decodes one window of up to `batch_size` of them; those that are
-not done go to the end of the line, so that an hour of audio does not keep a second of it waiting.
+Every request is a `Passage` of windows. A step decodes one window of up to `batch_size` of them; those that
+are not done go to the end of the line, so that an hour of audio does not keep a second of it waiting.
 """
 
 from __future__ import annotations

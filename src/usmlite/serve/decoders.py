@@ -82,7 +82,7 @@ class Decoders:
             else:
                 self._idle.put_nowait(process)
         if kind == SAMPLES:
-            return np.frombuffer(content, np.float32)
+            return np.frombuffer(content, "<f4")
         code = _CODE.get(kind, "invalid_audio")
         raise ApiError(_STATUS.get(kind, 422), content.decode(errors="replace"), code=code, param="file")
 
@@ -109,12 +109,8 @@ class Decoders:
             await process.stdin.drain()
             kind, length = ANSWER.unpack(await process.stdout.readexactly(ANSWER.size))
             # A tenth more: resampling may add some samples at the end.
-            most = (
-                4 * SAMPLE_RATE * (1.1 * self._limits.audio_seconds + 1)
-                if kind == SAMPLES
-                else _LONGEST_ERROR
-            )
-            if length > most:
+            samples = SAMPLE_RATE * (1.1 * self._limits.audio_seconds + 1)
+            if length > (4 * samples if kind == SAMPLES else _LONGEST_ERROR):
                 raise BrokenDecoderError(f"an answer of {length} bytes")
             return kind, await process.stdout.readexactly(length)
         except (ConnectionError, asyncio.IncompleteReadError) as error:

@@ -19,8 +19,6 @@ import struct
 import sys
 from typing import BinaryIO
 
-import numpy as np
-
 from usmlite.audio import SAMPLE_RATE, load_audio
 from usmlite.errors import AudioError, AudioFormatError, AudioTooLongError
 
@@ -28,16 +26,16 @@ REQUEST = struct.Struct("<Qd")
 ANSWER = struct.Struct("<cQ")
 SAMPLES, BAD, UNKNOWN_FORMAT, TOO_LONG = b"S", b"B", b"F", b"L"
 SPARE_BYTES = 256 * 2**20
-"""Memory for the file's decoder, on top of twice the samples and twice the file."""
+"""Memory for the file's decoder, on top of the samples and the file."""
 
 
 def memory_bytes(upload_bytes: int, audio_seconds: float) -> int:
     """How much the process may take on top of itself for the largest file that is allowed."""
-    # Blocks are joined once at the end: both are there for a moment.
-    return 2 * upload_bytes + round(2 * 4 * SAMPLE_RATE * audio_seconds) + SPARE_BYTES
+    # Blocks are joined, and the whole is made bytes: twice of it is there for a moment.
+    return 2 * upload_bytes + round(3 * 4 * SAMPLE_RATE * audio_seconds) + SPARE_BYTES
 
 
-def decode(file: bytes, most_seconds: float) -> tuple[bytes, bytes | memoryview]:
+def decode(file: bytes, most_seconds: float) -> tuple[bytes, bytes]:
     """Decodes one file.
 
     Args:
@@ -50,7 +48,7 @@ def decode(file: bytes, most_seconds: float) -> tuple[bytes, bytes | memoryview]
     try:
         # `seconds` bounds what is really read, whatever the header says, and lets silence pass.
         samples = load_audio(io.BytesIO(file), max_seconds=most_seconds, seconds=most_seconds)
-        return SAMPLES, memoryview(np.ascontiguousarray(samples)).cast("B")
+        return SAMPLES, samples.astype("<f4", copy=False).tobytes()
     except AudioTooLongError as error:
         return TOO_LONG, _said(error)
     except AudioFormatError as error:

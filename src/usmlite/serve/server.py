@@ -29,7 +29,7 @@ def serve(
     access_log: bool = False,
     ready: Callable[[str], None] = print,
 ) -> None:
-    """Serves until SIGTERM or Ctrl-C; what was accepted until then is answered, a second signal ends it at once.
+    """Serves until SIGTERM or Ctrl-C, and answers what was accepted until then; a second signal ends it at once.
 
     Args:
         recognizer: the model.

@@ -1,7 +1,7 @@
 """A request's form, read within bounds and kept in memory.
 
-The form's parser is python-multipart. Nothing is written to files, and the names and types that a client gives its
-file are looked at by nobody.
+The form's parser is python-multipart. Nothing is written to files, and the names and types that a client
+gives its file are looked at by nobody.
 """
 
 from __future__ import annotations
