@@ -29,7 +29,7 @@ def serve(
     access_log: bool = False,
     ready: Callable[[str], None] = print,
 ) -> None:
-    """Serves until SIGTERM or Ctrl-C, and answers what was accepted until then; a second signal ends it at once.
+    """Serves until SIGTERM or Ctrl-C, and answers what was accepted until then; a second one ends it at once.
 
     Args:
         recognizer: the model.
@@ -43,37 +43,56 @@ def serve(
     Raises:
         OutputError: the address cannot be listened on.
     """
-    listener = _listener(host, port)
+    listener = listening(host, port)
     service = Service(recognizer, settings)
-    config = uvicorn.Config(
+    if access_log:
+        logging.basicConfig(format="%(asctime)s %(message)s")
+        logging.getLogger("uvicorn.access").setLevel(logging.INFO)
+    config = configuration(service, stop_seconds=stop_seconds, access_log=access_log)
+    Server(config, service, ready).run(sockets=[listener])
+
+
+def configuration(
+    service: Service, *, stop_seconds: int | None = None, access_log: bool = False
+) -> uvicorn.Config:
+    """How uvicorn runs a service."""
+    return uvicorn.Config(
         create_app(service),
         log_config=None,
         access_log=access_log,
         server_header=False,
         ws="websockets-sansio",
         ws_max_size=MOST_MESSAGE,
-        limit_concurrency=settings.limits.connections,
+        limit_concurrency=service.limits.connections,
         timeout_graceful_shutdown=stop_seconds,
         # Who is allowed is decided by a key, and never by an address that a header claims.
         proxy_headers=False,
     )
-    logging.getLogger("uvicorn.access").setLevel(logging.INFO if access_log else logging.WARNING)
-    _Server(config, service, ready).run(sockets=[listener])
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
+    """uvicorn, which lets live sessions end first.
+
+    Args:
+        config: see `configuration`.
+        service: what it serves.
+        ready: is told the address once requests are taken.
+    """
+
     def __init__(self, config: uvicorn.Config, service: Service, ready: Callable[[str], None]) -> None:
         super().__init__(config)
         self._service = service
         self._ready = ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Starts to listen."""
         await super().startup(sockets)
         for each in sockets or []:
             host, port = each.getsockname()[:2]
             self._ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Lets nobody in any more, and waits for those who are."""
         try:
             await asyncio.wait_for(self._service.drain(), self.config.timeout_graceful_shutdown)
         except asyncio.TimeoutError:
@@ -81,12 +100,18 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal to stop; the second one ends all."""
         # uvicorn raises the signal once more at its end; a graceful stop is not a failure.
         self.force_exit = self.should_exit
         self.should_exit = True
 
 
-def _listener(host: str, port: int) -> socket.socket:
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        OutputError: the address cannot be listened on.
+    """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)
