@@ -25,10 +25,17 @@ KEY = {"Authorization": "Bearer secret"}
 
 
 @pytest.fixture(autouse=True)
-def it_goes_on(narrow: Running) -> Iterator[None]:
+def nothing_is_held(narrow: Running) -> Iterator[None]:
     yield
     until(lambda: narrow.service.admission.requests == 0)
+    assert narrow.service.admission._bytes == narrow.service.admission._seconds == 0
+
+
+@pytest.fixture(autouse=True, scope="module")
+def it_goes_on(narrow: Running) -> Iterator[None]:
+    yield
     assert narrow.ask(SOUND, key="secret").usage.seconds == 1
+    assert narrow.service.decoders.broken == 0
 
 
 def post(running: Running, content: Any, headers: dict[str, str] | None = None) -> tuple[int, dict[str, Any]]:
@@ -43,7 +50,8 @@ def post(running: Running, content: Any, headers: dict[str, str] | None = None) 
     if answer.status_code >= 400:
         assert set(found) == {"error"}
         assert set(found["error"]) == {"message", "type", "param", "code"}
-        assert "/" not in found["error"]["message"].replace("multipart/form-data", "")
+        for place in (str(Path.cwd()), tempfile.gettempdir(), "BytesIO", "Traceback"):
+            assert place not in found["error"]["message"]
     return answer.status_code, found.get("error", found)
 
 
@@ -74,7 +82,7 @@ def bomb(kind: str) -> bytes:
     ("kind", "status"),
     [
         ("nothing", 422), ("noise", 415), ("archive", 415), ("picture", 415), ("page", 415), ("list", 415),
-        ("head only", 415), ("cut short", 422), ("too short", 422), ("not a number", 422), ("mad rate", 422),
+        ("head only", 415), ("cut short", 422), ("too short", 422), ("not a number", 422), ("mad rate", 415),
         ("too long", 413), ("flac bomb", 413),
     ],
 )  # fmt: skip
@@ -213,8 +221,7 @@ def test_a_client_that_leaves_in_the_middle_is_forgotten(narrow: Running) -> Non
         b"\x00\xff\xfe\x80" * 100,
         b"GET / HTTP/1.1\r\n\xff\x00: \x80\r\n\r\n",
         b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
-        b"POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n"
-        b"Content-Length: 2\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
         b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
     ],
 )

@@ -51,7 +51,11 @@ def create_app(service: Service) -> FastAPI:
     errors.install(app)
     app.include_router(_open_routes(service))
     app.include_router(_api_routes(service))
-    app.add_api_websocket_route(LIVE, lambda socket: _live(service, socket))
+
+    @app.websocket(LIVE)
+    async def live(socket: WebSocket) -> None:
+        await _live(service, socket)
+
     if service.settings.origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=service.settings.origins, allow_methods=["*"], allow_headers=["*"]

@@ -233,8 +233,9 @@ class Service:
         try:
             while not (result.done() and events.empty()):
                 getting = asyncio.create_task(events.get())
+                left = max(0.0, deadline - time.monotonic())
                 await asyncio.wait(
-                    (getting, result), timeout=_PING_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                    (getting, result), timeout=min(_PING_SECONDS, left), return_when=asyncio.FIRST_COMPLETED
                 )
                 if getting.done():
                     heard = getting.result()
@@ -242,9 +243,9 @@ class Service:
                     sent += len(heard)
                     continue
                 getting.cancel()
-                if time.monotonic() > deadline:
-                    raise self._late()
                 if not result.done():
+                    if time.monotonic() >= deadline:
+                        raise self._late()
                     yield ": still listening\n\n"
             yield done(self._counted(result), wish, self.tokens)
         except ApiError as error:

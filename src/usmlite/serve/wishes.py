@@ -61,7 +61,9 @@ def parse_wish(fields: Fields, task: str, model: str, defaults: Options) -> Wish
     for name in _UNKNOWN:
         if name in fields or f"{name}[]" in fields:
             raise invalid(f"{name} is not supported.", name, "unsupported_parameter")
-    if (_one(fields, "chunking_strategy") or "auto") != "auto":
+    # An object comes as fields of its own: "chunking_strategy[type]".
+    detailed = any(name.startswith("chunking_strategy[") for name in fields)
+    if detailed or (_one(fields, "chunking_strategy") or "auto") != "auto":
         raise invalid("chunking_strategy can only be 'auto'.", "chunking_strategy", "unsupported_parameter")
     form = _choice(fields, "response_format", FORMATS) or "json"
     granularities = _granularities(fields, form)
