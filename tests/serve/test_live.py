@@ -122,7 +122,6 @@ def test_bounds(narrow: Running) -> None:
 
 
 def test_a_client_that_leaves(server: Running) -> None:
-    connection = opened(server)
-    connection.send(sixteen_bits(hum(2.0)))
-    connection.close()
+    with opened(server) as connection:
+        connection.send(sixteen_bits(hum(2.0)))
     until(lambda: server.service.admission.live == 0)

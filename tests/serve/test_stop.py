@@ -28,13 +28,14 @@ COUNT = 10
 def started(model: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server of its own, and its address."""
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "usmlite", "serve", str(model), "--port", "0"],
+        [sys.executable, "-W", "ignore", "-m", "usmlite", "serve", str(model), "--port", "0",
+         "--temperature-increment-on-fallback", "none"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, cli.API_KEY: "k"},
     )  # fmt: skip
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        assert line.startswith("Serving models on"), line
+        assert line.startswith("Serving models"), line
         yield process, line.split(" on ")[1].split()[0]
     finally:
         process.kill()

@@ -176,7 +176,7 @@ async def _authorize(service: Service, socket: WebSocket) -> None:
         message = await asyncio.wait_for(socket.receive_text(), _KEY_SECONDS)
         found = json.loads(message)
         key = found["key"] if found["type"] == "authorize" else None
-    except (asyncio.TimeoutError, ValueError, KeyError, TypeError):
+    except (asyncio.TimeoutError, ValueError, KeyError, TypeError, RecursionError):
         raise unauthorized() from None
     service.check_key(key if isinstance(key, str) else None)
 

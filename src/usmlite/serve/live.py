@@ -224,7 +224,7 @@ class _Audio:
             blocks = [self._blocks.get()]
             while not self._blocks.empty():
                 blocks.append(self._blocks.get())
-            over = None in blocks
+            over = any(block is None for block in blocks)
             samples = np.concatenate([np.zeros(0, np.float32), *(b for b in blocks if b is not None)])
             self._taken += len(samples) / self._rate
             yield samples if self._resampler is None else self._resampler.resample_chunk(samples, last=over)
@@ -233,7 +233,7 @@ class _Audio:
 def _command(text: str | None) -> str | None:
     try:
         found = json.loads(text or "")
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     kind = found.get("type") if isinstance(found, dict) else None
     return kind if isinstance(kind, str) else None
