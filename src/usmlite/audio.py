@@ -11,13 +11,22 @@ import os
 from collections.abc import Iterator
 from functools import lru_cache
 from os import PathLike
+from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
 import numpy as np
 import soundfile
 import soxr
-import torch
 
-from usmlite.errors import AudioError
+from usmlite.errors import AudioError, AudioFormatError, AudioTooLongError
+
+if TYPE_CHECKING:
+    import torch
+
+# torch is imported by the functions that compute with it: who only reads audio, as the server's decoding
+# process does, starts in a moment and stays small.
+
+Source: TypeAlias = str | PathLike[str] | BinaryIO
+"""A path, or an open file (or `io.BytesIO`) that can be read and sought."""
 
 SAMPLE_RATE = 16_000
 WINDOW_SECONDS = 30.0
@@ -38,7 +47,7 @@ _RATES = (1_000, 768_000)  # Hz; outside it the header is damaged
 
 
 def load_audio(
-    path: str | PathLike[str],
+    source: Source,
     *,
     start: float = 0.0,
     seconds: float | None = None,
@@ -52,7 +61,7 @@ def load_audio(
     audio that is really there and not the length that a header claims.
 
     Args:
-        path: the audio file.
+        source: the audio file.
         start: where to begin, in seconds.
         seconds: how much to read; None for all that follows. A part that was asked for by `start` or
             `seconds` may be silent, a whole file may not.
@@ -71,12 +80,13 @@ def load_audio(
         raise ValueError(
             f"start must be >= 0, seconds > 0 and speed 0.25 to 4, got {start=}, {seconds=}, {speed=}"
         )
-    with _opened(path) as sound:
+    where = _name(source)
+    with _opened(source) as sound:
         rate = sound.samplerate
         if max_seconds is not None and sound.frames > max_seconds * rate:
-            raise AudioError(
+            raise AudioTooLongError(
                 "the audio is too long",
-                where=path,
+                where=where,
                 expected=f"at most {max_seconds:g} s",
                 found=f"{sound.frames / rate:.1f} s",
                 remedy="Cut it into shorter pieces.",
@@ -87,37 +97,37 @@ def load_audio(
             if first >= sound.frames:
                 raise AudioError(
                     "the audio ends before the part that was asked for",
-                    where=path,
+                    where=where,
                     expected=f"more than {start:g} s",
                     found=f"{sound.frames / rate:.2f} s",
                 )
-            with _decoding(path):
+            with _decoding(where):
                 sound.seek(first)
         resampler = None
         if rate * speed != SAMPLE_RATE:
             resampler = soxr.ResampleStream(rate * speed, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
         pieces = []
         read = 0
-        for block in _blocks(path, sound, wanted):
+        for block in _blocks(where, sound, wanted):
             read += len(block)
             pieces.append(block if resampler is None else resampler.resample_chunk(block))
         if resampler is not None:
             pieces.append(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
-        _check_complete(path, sound, first, wanted, read)
+        _check_complete(where, sound, first, wanted, read)
     samples = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
-    _check(samples, path, silence=first == 0 and wanted is None)
+    _check(samples, where, silence=first == 0 and wanted is None)
     return samples
 
 
-def audio_seconds(path: str | PathLike[str]) -> float:
+def audio_seconds(source: Source) -> float:
     """Returns the length of an audio file in seconds, from its header.
 
     Raises:
         AudioError: the file is missing, unreadable, not audio, or its header gives no length.
     """
-    with _opened(path) as sound:
+    with _opened(source) as sound:
         if not sound.frames:
-            raise _empty(path)
+            raise _empty(_name(source))
         return float(sound.frames / sound.samplerate)
 
 
@@ -151,6 +161,8 @@ def log_mel(samples: torch.Tensor, n_mels: int = 80) -> torch.Tensor:
     """
     if samples.ndim != 2 or samples.shape[1] <= _FFT // 2:
         raise ValueError(f"samples must be [batch, more than {_FFT // 2}], got {list(samples.shape)}")
+    import torch
+
     # Autocast would run the filter product in bfloat16: three digits are too few for a logarithm.
     with torch.autocast(samples.device.type, enabled=False):
         window, filters = _window_and_filters(n_mels, samples.device)
@@ -163,6 +175,8 @@ def log_mel(samples: torch.Tensor, n_mels: int = 80) -> torch.Tensor:
 
 @lru_cache(maxsize=8)
 def _window_and_filters(n_mels: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
     # Outside inference mode, for what is cached may meet autograd later.
     with torch.inference_mode(False):
         filters = torch.from_numpy(_slaney_filters(n_mels)).to(device)
@@ -187,7 +201,12 @@ def _slaney_filters(n_mels: int) -> np.ndarray:
     return triangles.astype(np.float32)
 
 
-def _opened(path: str | PathLike[str]) -> soundfile.SoundFile:
+def _name(source: Source) -> str | PathLike[str]:
+    """What errors call it."""
+    return source if isinstance(source, (str, PathLike)) else "audio"
+
+
+def _check_file(path: str | PathLike[str]) -> None:
     if not os.path.exists(path):
         raise AudioError("no such audio file", where=path)
     if not os.path.isfile(path):
@@ -196,12 +215,18 @@ def _opened(path: str | PathLike[str]) -> soundfile.SoundFile:
         raise AudioError("no permission to read the file", where=path)
     if os.path.getsize(path) == 0:
         raise AudioError("the file is empty", where=path, expected="an audio file", found="0 bytes")
+
+
+def _opened(source: Source) -> soundfile.SoundFile:
+    where = _name(source)
+    if isinstance(source, (str, PathLike)):
+        _check_file(source)
     try:
-        sound = soundfile.SoundFile(os.fspath(path))
+        sound = soundfile.SoundFile(os.fspath(source) if isinstance(source, (str, PathLike)) else source)
     except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
-        raise AudioError(
+        raise AudioFormatError(
             "cannot be read as audio",
-            where=path,
+            where=where,
             expected="WAV, FLAC, OGG, Opus or MP3",
             found=_reason(error),
             remedy="Convert it, for example with: ffmpeg -i INPUT -ar 16000 -ac 1 OUTPUT.flac",
@@ -210,7 +235,7 @@ def _opened(path: str | PathLike[str]) -> soundfile.SoundFile:
         sound.close()
         raise AudioError(
             "the sample rate makes no sense",
-            where=path,
+            where=where,
             expected=f"{_RATES[0]} to {_RATES[1]} Hz",
             found=f"{sound.samplerate} Hz",
         )
@@ -218,7 +243,7 @@ def _opened(path: str | PathLike[str]) -> soundfile.SoundFile:
         sound.close()
         raise AudioError(
             "the header gives no length",
-            where=path,
+            where=where,
             remedy="Such files come from encoders that wrote to a pipe; convert it again.",
         )
     return sound

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # as shells report a program ended by Ctrl-C
 BROKEN_PIPE = 141  # and by SIGPIPE
 SOME_FAILED = 1
+API_KEY = "USMLITE_API_KEY"
 HOLDS = ("float32", "int8", "packed")
 ACTIVATIONS = ("int8", "float32")
 FORMATS = ("txt", "json", "srt", "vtt", "tsv")
@@ -59,6 +60,7 @@ the usual way through:
   usmlite sweep int4.toml int3.toml --data speech/ --test test.jsonl --out study/
   usmlite report small/ study/ --out report.html
   usmlite export small/packed --to ctranslate2 --out small-ct2/
+  usmlite serve small/                               an HTTP server with OpenAI's audio API, and a page
 
 MODEL is a name (tiny.en, base, or tiny.en-small, which comes along), a directory of Transformers with a
 Whisper or an encoder with a CTC head (wav2vec 2.0, HuBERT, Parakeet, ...), a Whisper directory of CTranslate2
@@ -156,6 +158,20 @@ examples:
   usmlite report study/ --format latex --out table.tex
 """
 
+SERVE_EPILOG = """\
+It needs the extra: pip install "usmlite[serve]". The API is OpenAI's: POST /v1/audio/transcriptions and
+/v1/audio/translations, GET /v1/models; live audio at ws://HOST:PORT/v1/audio/live; a page at /; /health, and
+/metrics for Prometheus. See docs/serving.md.
+
+Requests are decoded side by side. SIGTERM or Ctrl-C ends the server once what it has accepted is answered, a
+second one at once. A server that others can reach should have a key, and a proxy for HTTPS in front of it.
+
+examples:
+  usmlite serve
+  usmlite serve small/packed --port 9000 --beam-size 5
+  USMLITE_API_KEY=secret usmlite serve small/ --host 0.0.0.0
+"""
+
 INFO_EPILOG = """\
 For a dense model: what each weight would become and the bytes it would take, the kept ones too. For a
 packed model: what is stored in its file.
@@ -231,6 +247,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_report(commands)
     _add_evaluate(commands)
     _add_transcribe(commands)
+    _add_serve(commands)
     _add_info(commands)
     _add_push(commands)
     _add_export(commands)
@@ -406,6 +423,56 @@ def _add_transcribe(commands: Any) -> None:
         help="seconds after which the text is made again (default: 1)",
     )  # fmt: skip
     _add_hold(parser)
+
+
+def _add_serve(commands: Any) -> None:
+    parser = _command(
+        commands, "serve", "transcribe for others: OpenAI's audio API, live audio, a page", SERVE_EPILOG,
+        _run_serve,
+    )  # fmt: skip
+    parser.add_argument(
+        "source", nargs="?", default=DEFAULT, metavar="MODEL",
+        help=f"dense, student checkpoint or packed model (default: {DEFAULT})",
+    )  # fmt: skip
+    parser.add_argument("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1)")
+    parser.add_argument(
+        "--port", type=_whole(0), default=8000, metavar="N", help="0 takes a free one (default: 8000)"
+    )
+    parser.add_argument("--name", help="what clients call the model (default: as it is called here)")
+    parser.add_argument(
+        "--api-key-file", type=Path, metavar="FILE",
+        help=f"keys, one a line, of which clients must send one (or one key in the variable {API_KEY})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--allow-origin", action="append", default=[], metavar="URL",
+        help="a web site that may use the server from a browser; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batch-size",
+        type=_whole(1),
+        default=8,
+        metavar="N",
+        help="windows decoded side by side (default: 8)",
+    )
+    parser.add_argument("--access-log", action="store_true", help="log every request")
+    group = parser.add_argument_group("limits")
+    for flag, metavar, default, text in _LIMITS:
+        group.add_argument(
+            flag, type=_whole(1), default=default, metavar=metavar, help=f"{text} (default: {default})"
+        )
+    _add_search(parser)
+    _add_hold(parser)
+
+
+_LIMITS = (
+    ("--max-upload", "MB", 25, "size of a request"),
+    ("--max-audio", "S", 3600, "seconds of one recording"),
+    ("--max-requests", "N", 64, "requests in work or waiting"),
+    ("--max-live", "N", 4, "sessions of live audio"),
+    ("--upload-timeout", "S", 60, "seconds in which a request must have arrived"),
+    ("--timeout", "S", 600, "seconds in which it must be answered"),
+    ("--stop-timeout", "S", 120, "seconds to wait for answers after SIGTERM"),
+)
 
 
 def _add_search(parser: argparse.ArgumentParser) -> None:
@@ -954,17 +1021,19 @@ def _run_transcribe(arguments: argparse.Namespace) -> int:
 
 
 def _options(arguments: argparse.Namespace, recognizer: Recognizer) -> Options:
+    """What `_add_search` and the flags for one recording ask for; a server's requests say the latter."""
     from usmlite.models import Options
 
-    beams = 1 if arguments.mic or not recognizer.adapter.searches else _BEAMS
+    given = vars(arguments)
+    beams = 1 if given.get("mic") or not recognizer.adapter.searches else _BEAMS
     first, step = arguments.temperature, arguments.temperature_increment_on_fallback
     temperatures = [first]
     while step is not None and temperatures[-1] + step <= 1.0 + 1e-6:
         temperatures.append(round(temperatures[-1] + step, 6))
     return Options(
-        word_timestamps=arguments.word_timestamps or arguments.highlight_words,
-        language=arguments.language,
-        task=arguments.task,
+        word_timestamps=given.get("word_timestamps", False) or given.get("highlight_words", False),
+        language=given.get("language"),
+        task=given.get("task", "transcribe"),
         beam_size=arguments.beam_size or beams,
         patience=arguments.patience,
         length_penalty=arguments.length_penalty,
@@ -1000,6 +1069,76 @@ def _run_microphone(arguments: argparse.Namespace, output: Output) -> int:
     if output.folder is not None or live is None:
         output.deliver(found, "microphone", Path(time.strftime("microphone-%Y%m%d-%H%M%S")))
     return 0
+
+
+def _run_serve(arguments: argparse.Namespace) -> int:
+    keys = _api_keys(arguments.api_key_file)
+    _quiet_libraries()
+    try:
+        from usmlite.serve.server import serve
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("usmlite"):
+            raise
+        raise UsmliteError(
+            "the server needs packages that are not installed", where="usmlite serve", found=str(error),
+            remedy='pip install "usmlite[serve]"',
+        ) from error  # fmt: skip
+    from usmlite.load import load
+    from usmlite.serve.limits import MEGABYTE, Limits
+    from usmlite.serve.service import Settings
+
+    limits = Limits(
+        upload_bytes=arguments.max_upload * MEGABYTE,
+        # Room for ten of the largest.
+        held_bytes=10 * arguments.max_upload * MEGABYTE,
+        audio_seconds=arguments.max_audio,
+        held_seconds=4 * arguments.max_audio,
+        requests=arguments.max_requests,
+        live=arguments.max_live,
+        upload_seconds=arguments.upload_timeout,
+        request_seconds=arguments.timeout,
+    )
+    recognizer = load(arguments.source, hold=arguments.hold, activations=arguments.activations)
+    settings = Settings(
+        name=arguments.name or _served_name(arguments.source),
+        options=_options(arguments, recognizer),
+        limits=limits,
+        keys=keys,
+        batch_size=arguments.batch_size,
+        conditioned=arguments.condition_on_previous_text,
+        origins=tuple(arguments.allow_origin),
+    )
+    if not keys and arguments.host not in ("127.0.0.1", "localhost", "::1"):
+        _complain(f"warning: without an API key, whoever reaches {arguments.host} can use this server")
+    serve(
+        recognizer, settings, host=arguments.host, port=arguments.port,
+        stop_seconds=arguments.stop_timeout, access_log=arguments.access_log,
+        ready=lambda address: print(f"Serving {settings.name} on {address} (Ctrl-C stops)", flush=True),
+    )  # fmt: skip
+    return 0
+
+
+def _api_keys(file: Path | None) -> tuple[str, ...]:
+    """Keys from the file and from the environment; the command line would show them to everybody."""
+    keys = [os.environ[API_KEY]] if os.environ.get(API_KEY) else []
+    if file is not None:
+        try:
+            found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise UsmliteError("the API keys cannot be read", where=file, found=str(error)) from None
+        keys += [line for line in found if line]
+        if not any(found):
+            raise UsmliteError("there is no API key in the file", where=file, expected="one a line")
+    return tuple(keys)
+
+
+def _served_name(source: str) -> str:
+    """What a model is called where its directory is nobody's business."""
+    path = Path(source)
+    if not path.exists():
+        return source
+    resolved = path.resolve()
+    return resolved.parent.name if resolved.name == "packed" else resolved.name
 
 
 def _run_info(arguments: argparse.Namespace) -> int:

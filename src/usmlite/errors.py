@@ -5,6 +5,8 @@
     ├── RecipeError        a recipe file or flag that is wrong
     ├── ModelError         a model source that is unknown, unreadable or unsupported
     ├── AudioError         an audio file or array that cannot be used
+    │   ├── AudioFormatError   that is not audio, or of a format that cannot be read
+    │   └── AudioTooLongError  that is longer than was allowed
     ├── DataError          a manifest or corpus that is wrong
     ├── PackedModelError   a packed model that is damaged, altered or from another version
     ├── TrainingError      a fine-tuning run that cannot start, go on or resume
@@ -75,6 +77,14 @@ class ModelError(UsmliteError):
 
 class AudioError(UsmliteError):
     """An audio file or array that cannot be used."""
+
+
+class AudioFormatError(AudioError):
+    """A file that is not audio, or of a format that cannot be read."""
+
+
+class AudioTooLongError(AudioError):
+    """Audio that is longer than was allowed."""
 
 
 class DataError(UsmliteError):

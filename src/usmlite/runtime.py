@@ -150,6 +150,72 @@ class _Part:
         return replace(word, start=round(start, 3), end=round(end, 3))
 
 
+@dataclass(frozen=True)
+class Heard:
+    """A segment, and the window that it was heard in.
+
+    Attributes:
+        segment: with times from the start of the audio.
+        window: what was decoded from the window.
+        offset: where the window begins, in seconds from the start of the audio.
+    """
+
+    segment: Segment
+    window: Decoded
+    offset: float
+
+
+class Passage:
+    """Audio on its way through the windows, for callers that decide what is decoded beside what.
+
+    `Recognizer.begin` makes it, `Recognizer.advance` decodes its next window.
+
+    Args:
+        samples: float32 `[samples]`, mono, 16 kHz.
+        options: what is asked for; its language is a code, or None as long as it is a question.
+        shortest: seconds; a rest shorter than this holds no word.
+        said: what was said before.
+        conditioned: whether windows are told what was said in the ones before them.
+    """
+
+    def __init__(
+        self, samples: np.ndarray, options: Options, *, shortest: float, said: str, conditioned: bool
+    ) -> None:
+        timed = options.timestamps or len(samples) > WINDOW_SAMPLES
+        self.part = _Part(0, samples, timed, options.language, said=said)
+        self.heard: list[Heard] = []
+        self._options = options
+        self._shortest = shortest
+        self._conditioned = conditioned
+
+    @property
+    def asked(self) -> Options:
+        """What its next window is decoded with; windows that ask alike are decoded side by side."""
+        return replace(self._options, timestamps=self.part.timestamps, language=self.part.language)
+
+    @property
+    def seconds(self) -> float:
+        """The length of the audio."""
+        return self.part.seconds
+
+    @property
+    def done(self) -> bool:
+        """Whether all of it has been decoded."""
+        return self.part.done(self._shortest)
+
+    def take(self, window: Decoded) -> None:
+        """Keeps what was decoded from the next window."""
+        offset, before = self.part.position / SAMPLE_RATE, len(self.part.segments)
+        self.part.take(window, self._options, conditioned=self._conditioned)
+        self.heard += [Heard(segment, window, offset) for segment in self.part.segments[before:]]
+
+    def transcript(self) -> Transcript:
+        """What was said in as much of it as is decoded."""
+        segments = tuple(self.part.segments)
+        text = " ".join(segment.text for segment in segments)
+        return Transcript(text, segments, self.part.seconds, self.part.language or "en")
+
+
 @dataclass(eq=False)
 class _Recording:
     """An open recording: its parts, and how many of them are left."""
@@ -352,6 +418,51 @@ class Recognizer:
             return found.segments
 
         return agreeing(hear, chunks, every=every, shortest=self.adapter.shortest)
+
+    def begin(
+        self,
+        samples: np.ndarray,
+        options: Options = DEFAULTS,
+        *,
+        said: str = "",
+        condition_on_previous_text: bool = False,
+    ) -> Passage:
+        """Audio whose windows are decoded one by one, by `advance`.
+
+        Args:
+            samples: float32 `[samples]`, mono, 16 kHz, in -1 to 1.
+            options: what is asked for, and how texts are searched for.
+            said: what the first window is told was said before it.
+            condition_on_previous_text: tell each window what was said in the ones before it.
+
+        Raises:
+            AudioError: too short for the model to hear anything.
+            ModelError: the model does not know the language.
+        """
+        self._check_length(samples, 0, samples)
+        language = self.adapter.language_code(options.language or self.adapter.only_language)
+        return Passage(
+            samples,
+            replace(options, language=language),
+            shortest=max(_SHORTEST, self.adapter.shortest),
+            said=said,
+            conditioned=condition_on_previous_text,
+        )
+
+    def advance(self, passages: Sequence[Passage]) -> None:
+        """Decodes the next window of each, side by side those that ask alike; none of them may be done.
+
+        Raises:
+            ModelError: the model cannot do what is asked. Passages that were not decoded are as before.
+        """
+        groups: dict[Options, list[Passage]] = {}
+        for passage in passages:
+            groups.setdefault(passage.asked, []).append(passage)
+        for options, group in groups.items():
+            for passage, window in zip(
+                group, self._decode([each.part for each in group], options), strict=True
+            ):
+                passage.take(window)
 
     def languages_heard(self, audio: Audio) -> dict[str, float]:
         """The probability of every language that the model knows, from the first 30 seconds.
