@@ -60,14 +60,29 @@ struct Run {
       isa.normalize(x + i * width, norm.weight, norm.bias, width, norm.epsilon, y + i * width);
     }
   }
-  // `wide` holds min(count, kRowsOfFeed) rows as wide as the layer, `normed` as many of the stream.
+  // `normed` holds `count` rows; `wide` as many rows of the layer's width as threads, times rows_of_feed(). Each
+  // thread takes rows through both products: threads that wait for each other often are slow on a busy machine.
   void feed(const FeedForward& layer, float* x, float* normed, float* wide) const {
-    for (size_t first = 0; first < count; first += kRowsOfFeed) {
-      const size_t rows = std::min(kRowsOfFeed, count - first);
-      normalize(layer.norm, x + first * width, normed, rows);
-      product(layer.up, normed, wide, rows, Then::kGelu, activations);
-      product(layer.down, wide, x + first * width, rows, Then::kAdd, activations);
-    }
+    const size_t each = rows_of_feed(), chunks = (count + each - 1) / each;
+    const Run alone{isa, chunks > 1 ? 1 : threads, width, count, activations};
+    auto work = [&](size_t chunk, int worker) {
+      const size_t first = chunk * each, rows = std::min(each, count - first);
+      float* own = wide + static_cast<size_t>(worker) * each * layer.up.weight->rows();
+      normalize(layer.norm, x + first * width, normed + first * width, rows);
+      alone.product(layer.up, normed + first * width, own, rows, Then::kGelu, activations);
+      alone.product(layer.down, own, x + first * width, rows, Then::kAdd, activations);
+    };
+    parallel(chunks, threads, work);
+  }
+  // As even as can be, so that no thread has a chunk more than another; at most kRowsOfFeed.
+  size_t rows_of_feed() const {
+    const size_t all = static_cast<size_t>(std::max(threads, 1));
+    const size_t rounds = (count + all * kRowsOfFeed - 1) / (all * kRowsOfFeed);
+    return count <= kRowsOfFeed ? count : (count + all * rounds - 1) / (all * rounds);
+  }
+  // Floats that `feed` wants for `wide`.
+  size_t feed_floats(size_t widest) const {
+    return count <= kRowsOfFeed ? count * widest : rows_of_feed() * static_cast<size_t>(std::max(threads, 1)) * widest;
   }
 };
 
@@ -100,7 +115,7 @@ void Encoder::run(float* x, size_t count, int threads) const {
   const Run run{isa_, threads, width_, count, Activations::kBytes};
   const size_t size = count * width_;
   // The feed-forward layer comes when queries and what else attention needed are gone.
-  const auto memory = floats(std::max(4 * size, size + std::min(count, kRowsOfFeed) * widest(layers_)));
+  const auto memory = floats(std::max(4 * size, size + run.feed_floats(widest(layers_))));
   float *normed = memory.get(), *query = normed + size, *key = query + size, *value = key + size;
   // Rounding what the output layer is given would be most of the error: heads differ in size, and share a row. It and
   // that of the values are small.
@@ -159,7 +174,7 @@ void Decoder::step(float* x, size_t rows, size_t added, int threads) {
   // Reading the weights is what a step costs: what activations are rounded to costs next to nothing.
   const Run run{isa_, threads, width_, rows * added, Activations::kPairs};
   const size_t size = rows * added * width_;
-  const auto memory = floats(std::max(4 * size, size + std::min(rows * added, kRowsOfFeed) * widest(layers_)));
+  const auto memory = floats(std::max(4 * size, size + run.feed_floats(widest(layers_))));
   float *normed = memory.get(), *query = normed + size, *key = query + size, *value = key + size;
   for (size_t l = 0; l < layers_.size(); ++l) {
     const DecoderLayer& layer = layers_[l];
