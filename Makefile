@@ -3,7 +3,8 @@
 #   make demo                       compress a model on synthetic speech, about 5 minutes of work
 #   make test                       lint, types and tests; what CI runs
 #   make slow                       the tests that take minutes
-#   make test-browser               the report and the server's page in Chromium, which must be installed (or named: CHROMIUM=...)
+#   make test-browser               the report and the server's page in Chromium, which must be installed (or
+#                                   named: CHROMIUM=...)
 #   make bench                      what compression adds to a training step, what the native kernels save
 #   make limits                     what this machine can compute and read at most; needs CMake
 #   make sanitize                   the native library under AddressSanitizer and UBSan; needs CMake.
