@@ -4,7 +4,8 @@
 #   make test                       lint, types and tests; what CI runs
 #   make docs                       the documentation, in build/site; a warning is an error
 #   make slow                       the tests that take minutes
-#   make test-browser               the report in Chromium, which must be installed (or named: CHROMIUM=...)
+#   make test-browser               the report and the server's page in Chromium, which must be installed (or
+#                                   named: CHROMIUM=...)
 #   make bench                      what compression adds to a training step, what the native kernels save
 #   make limits                     what this machine can compute and read at most; needs CMake
 #   make sanitize                   the native library under AddressSanitizer and UBSan; needs CMake.

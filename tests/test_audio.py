@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 from pathlib import Path
@@ -20,7 +21,7 @@ from usmlite.audio import (
     load_audio,
     log_mel,
 )
-from usmlite.errors import AudioError
+from usmlite.errors import AudioError, AudioFormatError, AudioTooLongError
 
 
 def tone(seconds: float, rate: int = SAMPLE_RATE, hertz: float = 440.0) -> np.ndarray:
@@ -53,6 +54,22 @@ def test_every_format_gives_the_same_tone(tmp_path: Path, name: str) -> None:
     spectrum = np.abs(np.fft.rfft(samples[4_000:20_000]))
     assert np.argmax(spectrum) == 440
     assert np.sqrt(np.mean(samples[4_000:20_000] ** 2)) == pytest.approx(0.3 / np.sqrt(2), rel=0.03)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_open_files_are_read_like_paths(tmp_path: Path, name: str) -> None:
+    path = save(tmp_path / name, tone(1.0, 22_050), 22_050 if "opus" not in name else 24_000, **FORMATS[name])
+    content = io.BytesIO(path.read_bytes())
+    np.testing.assert_array_equal(load_audio(content), load_audio(path))
+    content.seek(0)
+    assert audio_seconds(content) == audio_seconds(path)
+
+
+def test_errors_tell_what_is_no_audio_from_what_is_too_long(tmp_path: Path) -> None:
+    with pytest.raises(AudioFormatError, match=r"^audio: cannot be read as audio"):
+        load_audio(io.BytesIO(b"nothing of the kind"))
+    with pytest.raises(AudioTooLongError, match="at most 1 s"):
+        load_audio(save(tmp_path / "a.wav", tone(1.5)), max_seconds=1.0)
 
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 22_050, 44_100, 48_000, 96_000])

@@ -804,7 +804,7 @@ def _run_compress(arguments: argparse.Namespace) -> int:
     if arguments.no_finetune:
         _once(arguments, "training.steps", 0, "--no-finetune")
     recipe = recipe_from(arguments, arguments.recipe)
-    _quiet_libraries()
+    _settle_libraries()
     from usmlite.compress import compress
 
     compress(recipe, arguments.out, console=_console())
@@ -829,7 +829,7 @@ def _run_sweep(arguments: argparse.Namespace) -> int:
 
     build_recipe(values, where="command line")  # alone first, see `recipe_from`
     runs = expand(arguments.recipes, values)
-    _quiet_libraries()
+    _settle_libraries()
     from usmlite.sweep import sweep
 
     failed = sweep(runs, arguments.out, console=_console())
@@ -846,7 +846,7 @@ def _run_report(arguments: argparse.Namespace) -> int:
         out = Path("report.html")
     if out is not None:
         _check_folder(out.parent, out)
-    _quiet_libraries()
+    _settle_libraries()
     from usmlite.report import read_report, write_figures
     from usmlite.tables import ComparisonRow, comparison_table
 
@@ -891,7 +891,7 @@ def _deliver_table(found: Report, form: str, out: Path | None) -> None:
 def _run_evaluate(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         _check_folder(arguments.json.parent, arguments.json)
-    _quiet_libraries()
+    _settle_libraries()
     from usmlite.atomic import write_json
     from usmlite.data import load_corpus
     from usmlite.evaluate import compare, worst
@@ -986,7 +986,7 @@ def _run_transcribe(arguments: argparse.Namespace) -> int:
     if arguments.vad and (arguments.condition_on_previous_text or arguments.mic):
         other = "--mic" if arguments.mic else "--condition-on-previous-text"
         raise UsmliteError("contradicts --vad", where=other, remedy="Leave one of them out.")
-    _quiet_libraries()
+    _settle_libraries()
     from usmlite.transcription import Output, recordings
 
     names = recordings(arguments.files)
@@ -1073,7 +1073,7 @@ def _run_microphone(arguments: argparse.Namespace, output: Output) -> int:
 
 def _run_serve(arguments: argparse.Namespace) -> int:
     keys = _api_keys(arguments.api_key_file)
-    _quiet_libraries()
+    _settle_libraries()
     try:
         from usmlite.serve.server import serve
     except ModuleNotFoundError as error:
@@ -1149,7 +1149,7 @@ def _run_info(arguments: argparse.Namespace) -> int:
             where="spec.target_size",
             remedy="Run 'usmlite compress' with it, and --rules-from its spec.toml afterwards.",
         )
-    _quiet_libraries()
+    _settle_libraries()
     from usmlite.info import describe, information_table
 
     found = describe(arguments.source, recipe.spec.build())
@@ -1166,7 +1166,7 @@ def _run_info(arguments: argparse.Namespace) -> int:
 
 
 def _run_push(arguments: argparse.Namespace) -> int:
-    _quiet_libraries()
+    _settle_libraries()
     from usmlite.push import prepare, push
 
     if arguments.dry_run:
@@ -1187,7 +1187,7 @@ def _run_push(arguments: argparse.Namespace) -> int:
 
 
 def _run_export(arguments: argparse.Namespace) -> int:
-    _quiet_libraries()
+    _settle_libraries()
     from usmlite.export import TARGETS, check_new, open_source, plan_export, write_export
 
     target = TARGETS[arguments.to]
@@ -1210,7 +1210,7 @@ def _run_export(arguments: argparse.Namespace) -> int:
 
 
 def _run_demo(arguments: argparse.Namespace) -> int:
-    _quiet_libraries()
+    _settle_libraries()
     from usmlite.demo import run_demo
 
     run_demo(arguments.out, console=_console(), steps=arguments.steps)
@@ -1225,11 +1225,14 @@ def _check_folder(folder: Path, where: Path) -> None:
         )
 
 
-def _quiet_libraries() -> None:
+def _settle_libraries() -> None:
     """Keeps the libraries' own advice off the console; their errors still come through."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Threads that wait for work shall sleep. As they come, they spin, on cores that somebody else may need: two
+    # threads on two busy cores transcribed at a fifth of the speed of one (docs/performance.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _console(*, stderr: bool = False) -> Console:
