@@ -1226,12 +1226,12 @@ def _check_folder(folder: Path, where: Path) -> None:
 
 
 def _settle_libraries() -> None:
-    """Keeps the libraries' own advice off the console, though not their errors; and lets their threads sleep."""
+    """Keeps the libraries' own advice off the console, but not their errors; lets their threads sleep."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Threads that wait for work spin, unless told otherwise, on cores that somebody else may need: two threads
-    # on two busy cores transcribed at a quarter of the speed of one (docs/performance.md).
+    # Threads that wait for work spin, unless told otherwise, on cores that somebody else may need: two
+    # threads on two busy cores transcribed at a quarter of the speed of one (docs/performance.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
