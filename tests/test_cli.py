@@ -13,6 +13,7 @@ import pytest
 
 import usmlite
 from usmlite import cli
+from usmlite.cli import recipe_flags
 from usmlite.recipe import Recipe, keys
 
 HEAVY = (
@@ -78,7 +79,7 @@ def test_help_of_compress_has_every_recipe_key(capsys: pytest.CaptureFixture[str
         assert f"[{section}]" in shown
     for key in keys():
         if key.default is not None and key.name != "source":
-            assert f"(default: {cli._shown(key.default)})" in shown
+            assert f"(default: {recipe_flags.shown(key.default)})" in shown
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -280,7 +281,7 @@ def test_a_reader_who_leaves_early_is_no_error() -> None:
     code = (
         "import sys\nfrom usmlite import cli\n"
         "def talk(arguments):\n    for _ in range(100000): print('x' * 100)\n    return 0\n"
-        "cli._run_info = talk\nsys.exit(cli.main(['info', 'tiny.en']))"
+        "cli.info.run = talk\nsys.exit(cli.main(['info', 'tiny.en']))"
     )
     source = str(Path(usmlite.__file__).parents[1])
     process = subprocess.Popen(
@@ -392,7 +393,7 @@ def test_the_first_recording_is_not_taken_for_the_model(
     words: list[str], model: str, files: list[str]
 ) -> None:
     arguments, rest = cli.build_parser().parse_known_args(["transcribe", *words])
-    assert cli._sort_out(arguments, rest) == []
+    assert cli.transcribe.sort_out(arguments, rest) == []
     assert arguments.source == model
     assert arguments.files == [Path(name) for name in files]
 

@@ -447,7 +447,7 @@ def test_bad_input_is_told(
     assert cli.main(["export", model, "--to", "tflite", "--out", str(tmp_path / "a")]) == 2
     message = capsys.readouterr().err
     assert all(name in message for name in TARGETS)
-    assert set(cli.EXPORTS) == set(TARGETS)
+    assert set(cli.export.EXPORTS) == set(TARGETS)
     with pytest.raises(ModelError, match=r"no such export .*transformers.*found 'tflite'"):
         export(model, "tflite", tmp_path / "a")
     with pytest.raises(
@@ -500,7 +500,7 @@ def test_the_table_in_the_docs_is_that_of_the_results() -> None:
 
 
 def test_every_form_is_in_the_help() -> None:
-    text = cli.EXPORT_EPILOG
+    text = cli.export.EPILOG
     for target in TARGETS.values():
         assert ", ".join(target.forms) in text
     assert nbits.FORMS[0] == "auto"

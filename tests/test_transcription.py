@@ -38,10 +38,10 @@ def test_transcribe_takes_folders(
     assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*.*")) == ["a.tsv", "deep/a.tsv"]
     # A folder is no model, if it has none in it.
     arguments, rest = cli.build_parser().parse_known_args(["transcribe", str(speech)])
-    assert cli._sort_out(arguments, rest) == []
+    assert cli.transcribe.sort_out(arguments, rest) == []
     assert (arguments.source, arguments.files) == ("tiny.en-small", [speech])
     arguments, rest = cli.build_parser().parse_known_args(["transcribe", str(packed_model), str(speech)])
-    assert cli._sort_out(arguments, rest) == []
+    assert cli.transcribe.sort_out(arguments, rest) == []
     assert (arguments.source, arguments.files) == (str(packed_model), [speech])
     (tmp_path / "empty").mkdir()
     assert "no audio in this folder" in fails(capsys, "transcribe", str(tmp_path / "empty"))

@@ -34,9 +34,11 @@ GRID = "grid"
 """The section that makes a recipe file many runs, see `grid`."""
 
 
-def _key(default: Any, text: str, *, flag: str | None = None, choices: tuple[str, ...] = ()) -> Any:
+def _key(
+    default: Any, text: str, *, flag: str | None = None, choices: tuple[str, ...] = (), path: bool = False
+) -> Any:
     """A recipe key: its default, its help text, its flag if that differs from the key."""
-    metadata = {"help": text, "flag": flag, "choices": choices}
+    metadata = {"help": text, "flag": flag, "choices": choices, "path": path}
     return field(default=default, metadata=metadata)
 
 
@@ -55,11 +57,14 @@ class DataRecipe:
         None,
         "speech to fine-tune on: a manifest.jsonl, a LibriSpeech directory or a folder of audio",
         flag="data",
+        path=True,
     )
     dev: str | None = _key(
-        None, "speech with text for choosing the best checkpoint; without it the last is kept"
+        None, "speech with text for choosing the best checkpoint; without it the last is kept", path=True
     )
-    test: str | None = _key(None, "speech with text for the final table; without it the part of dev serves")
+    test: str | None = _key(
+        None, "speech with text for the final table; without it the part of dev serves", path=True
+    )
     targets: str = _key(
         "teacher",
         "what the student is trained to say: the teacher's own transcripts or the corpus text",
@@ -68,6 +73,7 @@ class DataRecipe:
     transcripts: str | None = _key(
         None,
         "JSONL file that keeps the teacher's transcripts, to share between runs (default: in the output)",
+        path=True,
     )
     language: str = _key("en", "language of the speech, for multilingual models")
     max_wer: float = _key(
@@ -122,6 +128,7 @@ class SpecRecipe:
         None,
         "allocation.json of an earlier run of the same model: a target size chooses from its figures again "
         "instead of measuring",
+        path=True,
     )
     allocation: str = _key(
         "measured",
@@ -335,6 +342,7 @@ class Key:
     help: str
     flag: str
     choices: tuple[str, ...]
+    path: bool
 
 
 def keys() -> Iterator[Key]:
@@ -352,6 +360,7 @@ def keys() -> Iterator[Key]:
                 item.metadata["help"],
                 item.metadata["flag"] or item.name.replace("_", "-"),
                 item.metadata["choices"],
+                item.metadata["path"],
             )
 
 

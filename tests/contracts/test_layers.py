@@ -14,7 +14,6 @@ PACKAGE = ROOT / "src/usmlite"
 FRONT = {"__init__", "__main__"}
 # ... but for these names.
 FROM_FRONT = {"__version__"}
-LIGHT = ("__init__", "errors", "spec", "recipe", "grid", "shipped", "cli", "hf")
 HEAVY = {"torch", "numpy", "transformers", "accelerate", "soundfile", "soxr", "jiwer", "safetensors", "rich"}
 
 
@@ -46,6 +45,10 @@ def files() -> dict[str, Path]:
 
 
 FILES = files()
+LIGHT = (
+    *("__init__", "errors", "spec", "recipe", "grid", "shipped", "hf"),
+    *(name for name in FILES if name.partition(".")[0] == "cli"),
+)
 
 
 def unit(name: str) -> str:

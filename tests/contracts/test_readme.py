@@ -18,6 +18,7 @@ import pytest
 
 import usmlite
 from usmlite import cli
+from usmlite.cli.recipe_flags import recipe_from
 from usmlite.grid import expand
 from usmlite.shipped import DEFAULT, shipped
 
@@ -112,7 +113,7 @@ def test_shell_lines_are_real(line: str, monkeypatch: pytest.MonkeyPatch) -> Non
         if parsed.command in ("compress", "info"):
             recipe = getattr(parsed, "recipe", None)
             shipped = recipe is not None and recipe.parts[0] == "recipes"
-            cli.recipe_from(parsed, ROOT / recipe if shipped else None)
+            recipe_from(parsed, ROOT / recipe if shipped else None)
         elif parsed.command == "sweep":
             assert parsed.table or expand([ROOT / path for path in parsed.recipes])
     elif words[0] == "make":

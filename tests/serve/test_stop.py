@@ -19,7 +19,8 @@ import pytest
 from websockets.sync.client import connect
 
 from serve.serving import coded, hum, until
-from usmlite import cli
+from usmlite.cli import main
+from usmlite.cli.serve import API_KEY
 
 COUNT = 10
 
@@ -30,7 +31,7 @@ def started(model: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "usmlite", "serve", str(model), "--port", "0",
          "--temperature-increment-on-fallback", "none"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, cli.API_KEY: "k"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, API_KEY: "k"},
     )  # fmt: skip
     try:
         assert process.stdout is not None
@@ -76,7 +77,7 @@ def test_none_is_lost(packed_model: Path) -> None:
 def test_a_port_that_is_taken(packed_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert cli.main(["serve", str(packed_model), "--port", str(port)]) == 2
+        assert main(["serve", str(packed_model), "--port", str(port)]) == 2
     assert f"127.0.0.1:{port}: cannot listen there" in capsys.readouterr().err
 
 
@@ -84,12 +85,12 @@ def test_what_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     for name in [name for name in sys.modules if name.startswith("usmlite.serve")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "fastapi", None)
-    assert cli.main(["serve"]) == 2
+    assert main(["serve"]) == 2
     assert 'pip install "usmlite[serve]"' in capsys.readouterr().err
 
 
 def test_keys_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "keys").write_text("\n\n")
     for name in ("keys", "none"):
-        assert cli.main(["serve", "--api-key-file", str(tmp_path / name)]) == 2
+        assert main(["serve", "--api-key-file", str(tmp_path / name)]) == 2
         assert str(tmp_path / name) in capsys.readouterr().err
