@@ -6,6 +6,7 @@
 #   make slow                       the tests that take minutes
 #   make test-browser               the report and the server's page in Chromium, which must be installed (or
 #                                   named: CHROMIUM=...)
+#   make wheel                      the wheel in dist/, tried in an empty environment without a network
 #   make bench                      what compression adds to a training step, what the native kernels save
 #   make limits                     what this machine can compute and read at most; needs CMake
 #   make sanitize                   the native library under AddressSanitizer and UBSan; needs CMake.
@@ -30,7 +31,7 @@ PIP := PIP_CONSTRAINT="$(CURDIR)/constraints.txt" PIP_BUILD_CONSTRAINT="$(CURDIR
   $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit docs slow test-browser bench limits sanitize fuzz format clean distclean
+.PHONY: help demo test lint types unit docs slow test-browser wheel bench limits sanitize fuzz format clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -62,6 +63,17 @@ slow: $(VENV)/.dev
 
 test-browser: $(VENV)/.browser
 	$(BIN)/python -m pytest -m browser
+
+# As the builders of releases do ([tool.cibuildwheel] in pyproject.toml), for this machine alone.
+wheel: $(VENV)/.torch
+	rm -rf dist build/try
+	$(PIP) build
+	PIP_CONSTRAINT="$(CURDIR)/constraints.txt" PIP_BUILD_CONSTRAINT="$(CURDIR)/constraints.txt" $(BIN)/python -m build --sdist .
+	$(PIP) wheel --no-deps --wheel-dir dist --config-settings=cmake.define.USMLITE_REQUIRE_NATIVE=ON dist/usmlite-*.tar.gz
+	$(PYTHON) -m venv build/try
+	build/try/bin/python -m pip install --quiet -c constraints.txt $(PIP_FLAGS) torch==2.13.0
+	build/try/bin/python -m pip install --quiet -c constraints.txt $(PIP_FLAGS) dist/usmlite-*.whl
+	cd build/try && HF_HUB_OFFLINE=1 bin/usmlite transcribe ../../tests/speech/0.opus
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/step_cost.py
