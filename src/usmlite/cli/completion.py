@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _mark_paths(parser: argparse.ArgumentParser, file: dict[str, str], folder: dict[str, str]) -> None:
+def _mark_paths(parser: argparse.ArgumentParser, file: object, folder: object) -> None:
     """Tells shtab by `complete`, its attribute of actions, which words are paths."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

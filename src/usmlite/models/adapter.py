@@ -377,9 +377,14 @@ def read_processor(
     try:
         return reader.from_pretrained(location, local_files_only=local)
     except Exception as error:  # the tokenizers library raises bare Exception on bad files
-        raise ModelError(
-            f"the {what} cannot be read",
-            where=where or location,
-            found=(str(error) or type(error).__name__).splitlines()[0],
-            remedy=f"Copy the {what} from the model that the weights come from.",
-        ) from error
+        raise unreadable(what, where or location, error) from error
+
+
+def unreadable(what: str, where: str | Path, error: Exception) -> ModelError:
+    """The error for what a library could not read."""
+    return ModelError(
+        f"the {what} cannot be read",
+        where=where,
+        found=(str(error) or type(error).__name__).splitlines()[0],
+        remedy=f"Copy the {what} from the model that the weights come from.",
+    )

@@ -214,16 +214,19 @@ def _from_ctranslate2(directory: Path, weights: Sequence[Path], source: str) -> 
     settings = read_json(directory / "config.json")
     file = ctranslate2.ModelFile(weights)
     config = ctranslate2.read_config(file)
-    tokenizer = read_tokenizer(directory)
+    generation = _generation(settings, directory, config)
+    adapter = WhisperAdapter(config, read_tokenizer(directory), generation, where=directory)
     # Ids come from the tokenizer alone: the lang_ids that converters write into an English-only model's
     # config.json are those of a multilingual one.
-    ids = tokenizer.backend_tokenizer.token_to_id
-    end, start = ids("<|endoftext|>"), ids("<|startoftranscript|>")
+    end = adapter.end
     config.update(
-        {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "decoder_start_token_id": start}
+        {
+            "bos_token_id": end,
+            "eos_token_id": end,
+            "pad_token_id": end,
+            "decoder_start_token_id": adapter.start,
+        }
     )
-    generation = _generation(settings, directory, config)
-    adapter = WhisperAdapter(config, tokenizer, generation, where=directory)
     with torch.device("meta"):
         model = cast(Any, WhisperForConditionalGeneration)._from_config(config, attn_implementation="sdpa")
     model.load_state_dict(dict(ctranslate2.read_weights(file, config)), strict=False, assign=True)

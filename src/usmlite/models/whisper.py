@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
@@ -26,12 +27,12 @@ from transformers.models.whisper.configuration_whisper import NON_SPEECH_TOKENS,
 from transformers.models.whisper.modeling_whisper import sinusoids
 
 from usmlite.errors import ModelError
-from usmlite.models.adapter import Attention, TimedText, check_expected, read_processor
+from usmlite.models.adapter import Attention, TimedText, check_expected, read_processor, unreadable
 from usmlite.models.decoding import SECONDS_PER_TIMESTAMP, TIMESTAMPS
 from usmlite.models.whisper_decoding import TASKS, WhisperDecoding
 from usmlite.network import IGNORED
 
-TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILE, TOKENIZER_SETTINGS = "tokenizer.json", "tokenizer_config.json"
 
 # float16 files round the sinusoids, which lie within -1 and 1, by at most 2**-12.
 _SINUSOID_TOLERANCE = 2**-11
@@ -47,7 +48,8 @@ class WhisperAdapter(WhisperDecoding):
 
     Args:
         config: the model's configuration.
-        tokenizer: its tokenizer; timestamps need not be in it, they are the ids after <|notimestamps|>.
+        tokenizer: its tokenizer, or only what is in its tokenizer.json; timestamps need not be in it,
+            they are the ids after <|notimestamps|>.
         generation: suppressed tokens and the like; None takes the family's defaults.
         where: what errors about the tokenizer should name.
 
@@ -63,14 +65,14 @@ class WhisperAdapter(WhisperDecoding):
     def __init__(
         self,
         config: WhisperConfig,
-        tokenizer: WhisperTokenizer,
+        tokenizer: WhisperTokenizer | Tokenizer,
         generation: GenerationConfig | None = None,
         *,
         where: str | Path = TOKENIZER_FILE,
     ) -> None:
         self.config = config
-        self.tokenizer = tokenizer
-        self._backend = tokenizer.backend_tokenizer
+        self._tokenizer = tokenizer
+        self._backend = tokenizer if isinstance(tokenizer, Tokenizer) else tokenizer.backend_tokenizer
         self._where = where
         self.end = self._token("<|endoftext|>")
         self.start = self._token("<|startoftranscript|>")
@@ -94,6 +96,21 @@ class WhisperAdapter(WhisperDecoding):
             )
         self.is_multilingual = config.vocab_size > _ENGLISH_VOCABULARY
         self.generation = self._complete(generation or cast(Any, GenerationConfig)())
+
+    @property
+    def tokenizer(self) -> WhisperTokenizer:
+        """Transformers' tokenizer, made when it is asked for: it takes longer than loading the weights.
+
+        Raises:
+            ModelError: its settings are damaged.
+        """
+        if isinstance(self._tokenizer, Tokenizer):
+            if (Path(self._where) / TOKENIZER_SETTINGS).is_file():
+                found = read_processor(WhisperTokenizer, self._where, "tokenizer", local=True)
+            else:
+                found = cast(Any, WhisperTokenizer)(tokenizer_object=self._tokenizer)
+            self._tokenizer = cast(WhisperTokenizer, found)
+        return self._tokenizer
 
     def _complete(self, generation: GenerationConfig) -> GenerationConfig:
         """Fills in what Transformers' own `generate` needs and the source did not say."""
@@ -357,6 +374,8 @@ class WhisperAdapter(WhisperDecoding):
             directory: where; it must exist.
         """
         self.tokenizer.save_pretrained(directory)
+        # Again, on one line: less than half of the bytes.
+        self.tokenizer.backend_tokenizer.save(str(directory / TOKENIZER_FILE), pretty=False)
         extractor = cast(Any, WhisperFeatureExtractor)(feature_size=self.config.num_mel_bins)
         extractor.save_pretrained(directory)
         self.generation.save_pretrained(directory)
@@ -383,20 +402,24 @@ class WhisperAdapter(WhisperDecoding):
         return cls(cast(WhisperConfig, config), tokenizer, generation, where=directory)
 
 
-def read_tokenizer(directory: Path) -> WhisperTokenizer:
+def read_tokenizer(directory: Path) -> WhisperTokenizer | Tokenizer:
     """Reads `tokenizer.json`, or `vocab.json` with `merges.txt`, of a directory.
 
     Raises:
         ModelError: there is none, or it is damaged.
     """
-    slow = (directory / "vocab.json", directory / "merges.txt")
-    if not (directory / TOKENIZER_FILE).is_file() and not all(path.is_file() for path in slow):
+    where = directory / TOKENIZER_FILE
+    if where.is_file():
+        try:
+            return Tokenizer.from_file(str(where))
+        except Exception as error:  # the tokenizers library raises nothing more special
+            raise unreadable("tokenizer", where, error) from error
+    if not all((directory / name).is_file() for name in ("vocab.json", "merges.txt")):
         raise ModelError(
             "the tokenizer is missing",
-            where=directory / TOKENIZER_FILE,
-            remedy="Copy tokenizer.json from the model that the weights come from.",
+            where=where,
+            remedy=f"Copy {TOKENIZER_FILE} from the model that the weights come from.",
         )
-    where = directory / TOKENIZER_FILE
     found = read_processor(WhisperTokenizer, directory, "tokenizer", local=True, where=where)
     return cast(WhisperTokenizer, found)
 
