@@ -78,6 +78,11 @@ struct Isa {
   void (*normalize)(const float* x, const float* weight, const float* bias, size_t count, float epsilon, float* y);
   // The Gaussian error linear unit; y may be x.
   void (*gelu)(const float* x, size_t count, float* y);
+
+  // One rANS step of every lane (rans.cpp): its next code, from the table that begins at starts[lane]. There must be a
+  // word for every lane; returns how many were taken.
+  size_t (*next_codes)(const uint32_t* tables, const uint32_t* starts, uint32_t* states, size_t lanes,
+                       const uint8_t* words, uint8_t* codes);
 };
 
 // Bytes that the levels of a block take at most, in any order: float32, the count rounded up.

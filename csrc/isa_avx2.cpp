@@ -73,7 +73,7 @@ extern const Isa kAvx2;
 const Isa kAvx2 = {
     "avx2", available, 12, 0, 0, 2, quantize<0>, dot256<Sum>, dot_float256, pack_pairs, pack_float, multiply256,
     multiply_float256, finish<0>, finish_float, unpack, unpack_2of4,
-    weigh<0>, remainder<0>, reach, round_levels, attend_floats, normalize, gelu,
+    weigh<0>, remainder<0>, reach, round_levels, attend_floats, normalize, gelu, next_codes256,
 };
 
 }  // namespace usmlite

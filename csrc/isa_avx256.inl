@@ -104,3 +104,49 @@ void multiply_float256(const void* panel, const float* x, size_t stride, int col
   for (; c + 6 <= columns; c += 6) multiply_float_of<6>(levels, x + c * stride, stride, count, sums + c * kRows);
   for (; c < columns; ++c) multiply_float_of<1>(levels, x + c * stride, stride, count, sums + c * kRows);
 }
+
+// For every set of eight lanes: which of the words that follow each of them takes.
+struct Turns {
+  uint64_t of[256] = {};
+  constexpr Turns() {
+    for (int set = 0; set < 256; ++set) {
+      int turn = 0;
+      for (int lane = 0; lane < 8; ++lane) {
+        of[set] |= static_cast<uint64_t>(turn) << 8 * lane;
+        turn += set >> lane & 1;
+      }
+    }
+  }
+};
+constexpr Turns kTurns;
+
+inline size_t next_codes256(const uint32_t* tables, const uint32_t* starts, uint32_t* states, size_t lanes,
+                            const uint8_t* words, uint8_t* codes) {
+  const __m256i low = _mm256_set1_epi32(4095);
+  // The lowest byte of each number, to the front of its half.
+  const __m256i bytes = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+                                         0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+  const uint8_t* next = words;
+  size_t lane = 0;
+  for (; lane + 8 <= lanes; lane += 8) {
+    __m256i x = load(states + lane);
+    const __m256i slot = _mm256_add_epi32(load(starts + lane), _mm256_and_si256(x, low));
+    const __m256i entry = _mm256_i32gather_epi32(reinterpret_cast<const int*>(tables), slot, 4);
+    const __m256i symbols = _mm256_shuffle_epi8(entry, bytes);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + lane),
+                     _mm_unpacklo_epi32(_mm256_castsi256_si128(symbols), _mm256_extracti128_si256(symbols, 1)));
+    const __m256i frequency = _mm256_add_epi32(_mm256_srli_epi32(entry, 20), _mm256_set1_epi32(1));
+    x = _mm256_add_epi32(_mm256_mullo_epi32(frequency, _mm256_srli_epi32(x, 12)),
+                         _mm256_and_si256(_mm256_srli_epi32(entry, 8), low));
+    const __m256i empty = _mm256_cmpeq_epi32(_mm256_srli_epi32(x, 16), _mm256_setzero_si256());
+    const int set = _mm256_movemask_ps(_mm256_castsi256_ps(empty));
+    const __m256i turns = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(kTurns.of[set])));
+    const __m256i following = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(next)));
+    const __m256i filled =
+        _mm256_or_si256(_mm256_slli_epi32(x, 16), _mm256_permutevar8x32_epi32(following, turns));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(states + lane), _mm256_blendv_epi8(x, filled, empty));
+    next += 2 * __builtin_popcount(static_cast<unsigned>(set));
+  }
+  const size_t taken = static_cast<size_t>(next - words) / 2;
+  return taken + next_codes(tables, starts + lane, states + lane, lanes - lane, next, codes + lane);
+}

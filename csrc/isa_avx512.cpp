@@ -271,13 +271,36 @@ void unpack_2of4_512(const uint8_t* codes, const uint8_t* patterns, size_t group
   unpack_2of4(codes + done, patterns + done / 3, groups - done, offset, factor, levels + 4 * done);
 }
 
+size_t next_codes512(const uint32_t* tables, const uint32_t* starts, uint32_t* states, size_t lanes,
+                     const uint8_t* words, uint8_t* codes) {
+  const __m512i low = _mm512_set1_epi32(4095), lowest = _mm512_set1_epi32(1 << 16);
+  const uint8_t* next = words;
+  size_t lane = 0;
+  for (; lane + 16 <= lanes; lane += 16) {
+    __m512i x = _mm512_loadu_si512(states + lane);
+    const __m512i slot = _mm512_add_epi32(_mm512_loadu_si512(starts + lane), _mm512_and_si512(x, low));
+    const __m512i entry = _mm512_i32gather_epi32(slot, tables, 4);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + lane), _mm512_cvtepi32_epi8(entry));
+    const __m512i frequency = _mm512_add_epi32(_mm512_srli_epi32(entry, 20), _mm512_set1_epi32(1));
+    x = _mm512_add_epi32(_mm512_mullo_epi32(frequency, _mm512_srli_epi32(x, 12)),
+                         _mm512_and_si512(_mm512_srli_epi32(entry, 8), low));
+    const __mmask16 empty = _mm512_cmplt_epu32_mask(x, lowest);
+    const __m512i following = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(next)));
+    x = _mm512_mask_or_epi32(x, empty, _mm512_slli_epi32(x, 16), _mm512_maskz_expand_epi32(empty, following));
+    _mm512_storeu_si512(states + lane, x);
+    next += 2 * __builtin_popcount(empty);
+  }
+  const size_t taken = static_cast<size_t>(next - words) / 2;
+  return taken + next_codes(tables, starts + lane, states + lane, lanes - lane, next, codes + lane);
+}
+
 }  // namespace
 
 extern const Isa kAvx512;
 const Isa kAvx512 = {
     "avx512vnni", available, 12, 0, 0, 1, quantize512, dot512, dot_float512, pack512, pack_float, multiply512,
     multiply_float512, finish512, finish_float, unpack512, unpack_2of4_512,
-    weigh512, remainder<0>, reach512, round_levels512, attend_floats, normalize, gelu,
+    weigh512, remainder<0>, reach512, round_levels512, attend_floats, normalize, gelu, next_codes512,
 };
 
 }  // namespace usmlite

@@ -61,7 +61,7 @@ extern const Isa kAvxVnni;
 const Isa kAvxVnni = {
     "avxvnni", available, 12, 0, 0, 1, quantize<0>, dot256<Sum>, dot_float256, pack_fours, pack_float, multiply256,
     multiply_float256, finish<0>, finish_float, unpack, unpack_2of4,
-    weigh<0>, remainder<0>, reach, round_levels, attend_floats, normalize, gelu,
+    weigh<0>, remainder<0>, reach, round_levels, attend_floats, normalize, gelu, next_codes256,
 };
 
 }  // namespace usmlite

@@ -5,6 +5,25 @@
 constexpr float kLargest = 3.402823466e+38f;
 constexpr int kLanes = 16;  // sums and extremes of long rows are kept for so many interleaved parts
 
+// What a table of rANS says of a slot: the symbol in bits 0 to 7, the slot's place in the symbol's range in bits 8 to 19,
+// the symbol's frequency less one in bits 20 to 31. Frequencies add up to 2^12, states lie in 2^16 .. 2^32 - 1.
+inline size_t next_codes(const uint32_t* tables, const uint32_t* starts, uint32_t* states, size_t lanes,
+                         const uint8_t* words, uint8_t* codes) {
+  const uint8_t* next = words;
+  for (size_t lane = 0; lane < lanes; ++lane) {
+    uint32_t x = states[lane];
+    const uint32_t entry = tables[starts[lane] + (x & 4095)];
+    codes[lane] = static_cast<uint8_t>(entry);
+    x = ((entry >> 20) + 1) * (x >> 12) + (entry >> 8 & 4095);
+    // Without a branch: whether a lane needs a word is as good as random.
+    const bool empty = x < 1u << 16;
+    const uint32_t filled = x << 16 | next[0] | static_cast<uint32_t>(next[1]) << 8;
+    states[lane] = empty ? filled : x;
+    next += empty ? 2 : 0;
+  }
+  return static_cast<size_t>(next - words) / 2;
+}
+
 inline float larger(float a, float b) { return a > b ? a : b; }
 inline float smaller(float a, float b) { return a < b ? a : b; }
 

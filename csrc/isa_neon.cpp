@@ -78,7 +78,7 @@ extern const Isa kNeon;
 const Isa kNeon = {
     "neon", available, 12, 0x80, 128, 1, quantize<0x80>, dot_neon, dot_float, pack_fours, pack_float, multiply_neon,
     multiply_float, finish<128>, finish_float, unpack, unpack_2of4,
-    weigh<0x80>, remainder<0x80>, reach, round_levels, attend_floats, normalize, gelu,
+    weigh<0x80>, remainder<0x80>, reach, round_levels, attend_floats, normalize, gelu, next_codes,
 };
 
 }  // namespace usmlite

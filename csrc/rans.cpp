@@ -17,8 +17,7 @@ uint32_t read16(const uint8_t* at) { return at[0] | static_cast<uint32_t>(at[1])
 
 uint32_t read32(const uint8_t* at) { return read16(at) | read16(at + 2) << 16; }
 
-// A slot's entry: its symbol in bits 0 to 7, its place in the symbol's range in bits 8 to 19, the symbol's
-// frequency less one in bits 20 to 31.
+// Entries as `next_codes` reads them.
 void fill_table(const uint16_t* frequencies, uint32_t symbols, uint32_t* table) {
   uint32_t slot = 0;
   for (uint32_t symbol = 0; symbol < symbols; ++symbol) {
@@ -29,33 +28,22 @@ void fill_table(const uint16_t* frequencies, uint32_t symbols, uint32_t* table) 
   }
 }
 
-// One code of every lane. `starts` says where each code's table begins. `Careful` looks for the end of the words at
-// each of them; without it the caller has seen that there is one for every lane.
-template <bool Careful>
-bool step(const uint32_t* tables, const uint32_t* starts, uint32_t* states, size_t lanes, const uint8_t*& words,
-          const uint8_t* end, uint8_t* out) {
-  const uint8_t* next = words;
+// One code of every lane, looking for the end of the words at each of them. `starts` says where each code's table
+// begins.
+bool careful_step(const uint32_t* tables, const uint32_t* starts, uint32_t* states, size_t lanes,
+                  const uint8_t*& words, const uint8_t* end, uint8_t* out) {
   for (size_t lane = 0; lane < lanes; ++lane) {
     uint32_t x = states[lane];
     const uint32_t entry = tables[starts[lane] + (x & (kTotal - 1))];
     out[lane] = static_cast<uint8_t>(entry);
     x = ((entry >> 20) + 1) * (x >> kBits) + (entry >> 8 & (kTotal - 1));
-    if (Careful) {
-      if (x < kLowest) {
-        if (next == end) return false;
-        x = x << 16 | read16(next);
-        next += 2;
-      }
-    } else {
-      // Without a branch: whether a lane needs a word is as good as random.
-      const bool empty = x < kLowest;
-      const uint32_t filled = x << 16 | read16(next);
-      x = empty ? filled : x;
-      next += empty ? 2 : 0;
+    if (x < kLowest) {
+      if (words == end) return false;
+      x = x << 16 | read16(words);
+      words += 2;
     }
     states[lane] = x;
   }
-  words = next;
   return true;
 }
 
@@ -90,7 +78,7 @@ uint64_t rans_lanes(uint64_t count) {
   return std::max<uint64_t>(1, std::min<uint64_t>(count, 32 + count / 16384));
 }
 
-void rans_decode(const Coded& coded, uint8_t* out) {
+void rans_decode(const Coded& coded, uint8_t* out, const Isa* isa) {
   if (coded.bits < 1 || coded.bits > 8 || coded.tables < 1 || coded.tables > kMostTables || coded.lowest < 0 ||
       coded.lowest > 255) {
     throw std::invalid_argument("codes have 1 to 8 bits and 1 to 64 tables");
@@ -125,9 +113,9 @@ void rans_decode(const Coded& coded, uint8_t* out) {
         }
       }
     }
-    const bool plenty = static_cast<size_t>(end - words) >= 2 * taking_part;  // a word for every lane
-    const auto run = plenty ? step<false> : step<true>;
-    if (!run(tables.data(), starts.data(), states.data(), taking_part, words, end, out + first)) {
+    if (static_cast<size_t>(end - words) >= 2 * taking_part) {  // a word for every lane
+      words += 2 * isa->next_codes(tables.data(), starts.data(), states.data(), taking_part, words, out + first);
+    } else if (!careful_step(tables.data(), starts.data(), states.data(), taking_part, words, end, out + first)) {
       throw std::invalid_argument("the stream ends early");
     }
   }

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "isa.hpp"
+
 namespace usmlite {
 
 // A matrix [rows, columns] of codes as its stream, without what says how it is read: that is parsed already.
@@ -26,6 +28,6 @@ uint64_t rans_lanes(uint64_t count);
 //
 // Nothing outside the arrays and their sizes is touched, whatever they hold.
 // Throws std::invalid_argument where they are not what an encoder makes for so many codes.
-void rans_decode(const Coded& coded, uint8_t* out);
+void rans_decode(const Coded& coded, uint8_t* out, const Isa* isa = best_isa());
 
 }  // namespace usmlite

@@ -224,10 +224,22 @@ void check_rans() {
   const Buffer stream(below(2) == 0 ? below(4 * lanes + 4000) : 4 * lanes + 2 * below(2000));
   coded.stream = stream.data.get();
   coded.stream_bytes = stream.size;
-  Buffer out(coded.rows * coded.columns);
-  try {
-    rans_decode(coded, out.data.get());
-  } catch (const std::invalid_argument&) {
+  Buffer out(coded.rows * coded.columns), other(out.size);
+  std::fill_n(out.data.get(), out.size, uint8_t{0});
+  const auto decode = [&](const Isa* isa, Buffer& to) {
+    try {
+      rans_decode(coded, to.data.get(), isa);
+      return true;
+    } catch (const std::invalid_argument&) {
+      return false;
+    }
+  };
+  const bool whole = decode(find_isa("portable"), out);
+  for (const Isa* const* isa = available_isas(); *isa != nullptr; ++isa) {
+    std::fill_n(other.data.get(), other.size, uint8_t{0});
+    if (decode(*isa, other) != whole || !std::equal(out.data.get(), out.data.get() + out.size, other.data.get())) {
+      fail("paths decode codes differently");
+    }
   }
 }
 

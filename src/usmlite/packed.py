@@ -239,13 +239,17 @@ def load_packed(
     shapes = {name: tuple(tensor.shape) for name, tensor in packfile.stored_tensors(model).items()}
     weights.check_tensors(manifest.tensors(shapes, where=str(config_path)))
     weights.check_digest(manifest.digest)
-    _compute_buffers(model)
-    _fill(model, manifest, weights, hold, activations)
     for name in packfile.PROCESSOR_FILES:
         if os.path.lexists(folder / name):
             packfile.member(folder, name)
+    _compute_buffers(model)
     config = cast(Any, model).config
-    adapter = adapter_class(config.model_type, config_path).from_directory(folder, config)
+    family = adapter_class(config.model_type, config_path)
+    # The tokenizer takes as long as the weights, and neither waits for the other.
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(family.from_directory, folder, config)
+        _fill(model, manifest, weights, hold, activations)
+    adapter = reading.result()
     adapter.restore_settings(model)
     if hold != "float32":
         # Written by Transformers, the stored weights would not be a model that anybody can load.
