@@ -6,6 +6,7 @@
 #   make slow                       the tests that take minutes
 #   make test-browser               the report and the server's page in Chromium, which must be installed (or
 #                                   named: CHROMIUM=...)
+#   make test-triton                the kernels for GPUs, in Triton's interpreter where there is none
 #   make wheel                      the wheel in dist/, tried in an empty environment without a network
 #   make bench                      what compression adds to a training step, what the native kernels save
 #   make limits                     what this machine can compute and read at most; needs CMake
@@ -31,7 +32,7 @@ PIP := PIP_CONSTRAINT="$(CURDIR)/constraints.txt" PIP_BUILD_CONSTRAINT="$(CURDIR
   $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit docs slow test-browser wheel bench limits sanitize fuzz format clean distclean
+.PHONY: help demo test lint types unit docs slow test-browser test-triton wheel bench limits sanitize fuzz format clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -63,6 +64,9 @@ slow: $(VENV)/.dev
 
 test-browser: $(VENV)/.browser
 	$(BIN)/python -m pytest -m browser
+
+test-triton: $(VENV)/.triton
+	$(BIN)/python -m pytest tests/kernels/test_cuda.py
 
 # As the builders of releases do ([tool.cibuildwheel] in pyproject.toml), for this machine alone.
 wheel: $(VENV)/.torch
@@ -120,6 +124,11 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml $(NATIVE)
 
 $(VENV)/.browser: $(VENV)/.dev
 	$(PIP) -e ".[browser]"
+	@touch $@
+
+# PyTorch's builds for CUDA have it; the one for CPUs has not.
+$(VENV)/.triton: $(VENV)/.dev
+	$(PIP) triton
 	@touch $@
 
 clean:

@@ -6,14 +6,15 @@ columns. It comes in two forms: `PackedWeight`, the bytes as the file holds them
 
 `reference` is the readable implementation in PyTorch that runs wherever PyTorch runs. `native` calls the
 library in csrc/, which agrees with it (tests/kernels/test_native.py says how closely); it takes weights
-that were prepared for it once. The functions here take all three, and choose.
+that were prepared for it once. `cuda` multiplies few rows of activations on a GPU. The functions here take
+all, and choose.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from usmlite.kernels import native, reference
+from usmlite.kernels import cuda, native, reference
 from usmlite.kernels.native import Activations, NativeWeight, obstacle, prepare, warn_if_missing
 from usmlite.kernels.reference import pattern_words, unpack_codes
 from usmlite.kernels.scales import MAX_SCALE, MIN_SCALE, MOST_SCALE_CODE, scale_codes, scale_of
@@ -51,6 +52,8 @@ def linear(
         if native.suits(x):
             return native.linear(x, weight, bias)
         weight = weight.weight
+    if cuda.takes(x, weight):
+        return cuda.linear(x, weight, bias)
     return reference.linear(x, weight, bias)
 
 

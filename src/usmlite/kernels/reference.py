@@ -216,7 +216,7 @@ def _spread(stored: Tensor, columns: Tensor | None, weight: PackedWeight, out: T
 
 
 @functools.lru_cache
-def _places(layout: PatternLayout, device: torch.device) -> Tensor:
+def places_of(layout: PatternLayout, device: torch.device) -> Tensor:
     """int64 `[patterns, n]`: the kept places of every pattern."""
     # A table outlives the call: made in inference mode, it could not be used outside.
     with torch.inference_mode(False):
@@ -231,7 +231,7 @@ def _byte_places(layout: PatternLayout, device: torch.device) -> Tensor:
         places = []
         for digit in range(layout.digits):
             rank = words // layout.patterns**digit % layout.patterns
-            places.append(_places(layout, device)[rank] + digit * layout.m)
+            places.append(places_of(layout, device)[rank] + digit * layout.m)
         return torch.cat(places, dim=1)
 
 
@@ -253,7 +253,7 @@ def _stored_columns(weight: PackedWeight) -> Tensor | None:
         words = words // layout.patterns
     ranks = ranks.reshape(rows, -1)[:, : weight.groups]
     if layout.patterns <= _TABLE_PATTERNS:
-        places = _places(layout, device)[ranks]
+        places = places_of(layout, device)[ranks]
     else:
         places = pattern_columns(ranks.contiguous(), layout.n, layout.m)
     starts = torch.arange(weight.groups, device=device) * layout.m
