@@ -12,8 +12,8 @@ import torch
 
 from small_whisper import small_teacher
 from usmlite.errors import AudioError, ModelError
-from usmlite.models import Decoded, Options, WhisperAdapter, Word
-from usmlite.models.adapter import WITHOUT_TIMES
+from usmlite.models import Decoded, Options, TimedText, WhisperAdapter, Word
+from usmlite.models.adapter import WITHOUT_TIMES, Said
 from usmlite.runtime import Recognizer, Segment, Transcript
 from usmlite.vad import Stretch
 
@@ -37,7 +37,7 @@ class Scripted(WhisperAdapter):
         self.no_speech_probability, self.mean_logprob = no_speech, mean_logprob
         self.asked: list[tuple[int, bool, str | None]] = []
         self.heard: list[float] = []
-        self.told: list[str] = []
+        self.told: list[list[Said]] = []
         self.options: list[Options] = []
         return self
 
@@ -49,7 +49,7 @@ class Scripted(WhisperAdapter):
         self, model: object, features: torch.Tensor, options: Options = WITHOUT_TIMES, **others: Any
     ) -> list[Decoded]:
         self.asked.append((len(features), options.timestamps, options.language))
-        self.told += others["previous"]
+        self.told += [list(said) for said in others["previous"]]
         self.options.append(options)
         found = []
         for _ in features:
@@ -146,7 +146,7 @@ def test_word_error_rates_are_measured_greedily() -> None:
     recognizer.transcribe_batch([noise(3)])
     (options,) = adapter.options
     assert (options.beam_size, options.temperatures, options.word_timestamps) == (1, (0.0,), False)
-    assert (options.initial_prompt, options.hotwords, adapter.told) == (None, None, [""])
+    assert (options.initial_prompt, options.hotwords, adapter.told) == (None, None, [[]])
 
 
 def test_options_are_given_by_name_too() -> None:
@@ -161,17 +161,18 @@ def test_windows_are_told_what_was_said_if_that_is_asked_for() -> None:
     windows = [0.0, "one", 12.0, 12.0, "cut"], [0.0, "two", 18.0, 18.0, "cut"], [0.0, "three", 5.0]
     recognizer, adapter = scripted(*windows)
     recognizer.transcribe(noise(36), condition_on_previous_text=True)
-    assert adapter.told == ["", "one", "one two"]
+    one, two = TimedText(0.0, 12.0, "one"), TimedText(0.0, 18.0, "two")
+    assert adapter.told == [[], [one], [one, two]]
     recognizer, adapter = scripted(*windows)
     recognizer.transcribe(noise(36))
-    assert adapter.told == ["", "", ""]
+    assert adapter.told == [[], [], []]
 
 
 def test_a_wild_text_is_not_told_on() -> None:
     recognizer, adapter = scripted([0.0, "one", 12.0, 12.0, "cut"], [0.0, "two", 18.0])
     adapter.temperature = 0.8
     recognizer.transcribe(noise(30), condition_on_previous_text=True)
-    assert adapter.told == ["", ""]
+    assert adapter.told == [[], []]
 
 
 def test_words_have_times_of_the_recording() -> None:

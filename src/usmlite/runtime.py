@@ -36,11 +36,13 @@ from usmlite.vad import Pack, packs, speech
 
 if TYPE_CHECKING:
     from usmlite.models import Adapter, Decoded, TimedText, Word
+    from usmlite.models.adapter import Said
 
 _SHORTEST = 0.1  # seconds; a rest shorter than this holds no word
 _HELD_SECONDS = 3600.0  # of audio open at once, if it is more than one recording
 # Above this temperature a text is too wild to be told to the next window (openai/whisper).
 _MOST_REPEATED_TEMPERATURE = 0.5
+_MOST_TOLD = 224  # segments, of a token at least: Whisper has room for fewer tokens
 
 Audio: TypeAlias = str | Path | np.ndarray
 DEFAULTS = Options()
@@ -102,7 +104,7 @@ class _Part:
     pack: Pack | None = None
     position: int = 0
     segments: list[Segment] = field(default_factory=list)
-    said: str = ""
+    said: Sequence[Said] = ()
 
     @property
     def seconds(self) -> float:
@@ -126,9 +128,9 @@ class _Part:
             advance = decoded.advance
             self.segments += [self._placed(piece, offset, span) for piece in decoded.segments]
             if conditioned and decoded.temperature <= _MOST_REPEATED_TEMPERATURE:
-                self.said = " ".join([self.said, *(piece.text for piece in decoded.segments)]).strip()
+                self.said = [*self.said, *decoded.segments][-_MOST_TOLD:]
             elif conditioned:
-                self.said = ""
+                self.said = ()
         self.position += WINDOW_SAMPLES if advance is None else round(advance * SAMPLE_RATE)
 
     def _placed(self, piece: TimedText, offset: float, span: float) -> Segment:
@@ -182,7 +184,7 @@ class Passage:
         self, samples: np.ndarray, options: Options, *, shortest: float, said: str, conditioned: bool
     ) -> None:
         timed = options.timestamps or len(samples) > WINDOW_SAMPLES
-        self.part = _Part(0, samples, timed, options.language, said=said)
+        self.part = _Part(0, samples, timed, options.language, said=(said,) if said else ())
         self.heard: list[Heard] = []
         self._options = options
         self._shortest = shortest
@@ -411,7 +413,7 @@ class Recognizer:
 
         def hear(samples: np.ndarray, said: str) -> Sequence[TimedText]:
             part = _Part(0, samples, timestamps=True, language=language)
-            part.said = said if condition_on_previous_text else ""
+            part.said = (said,) if said and condition_on_previous_text else ()
             (found,) = self._decode([part], options)
             if is_silence(found.no_speech, found.mean_logprob, options):
                 return ()

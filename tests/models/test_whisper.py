@@ -12,6 +12,7 @@ from small_whisper import SPECIAL, logits, small_teacher
 from usmlite.audio import log_mel
 from usmlite.errors import ModelError
 from usmlite.models import Options, TimedText, WhisperAdapter
+from usmlite.models.adapter import Said
 from usmlite.models.whisper import ENCODER_POSITIONS, IGNORED
 
 
@@ -207,20 +208,26 @@ def test_decoding_without_timestamps_gives_one_segment() -> None:
 def test_what_stands_before_is_hotwords_prompt_and_the_end_of_what_was_said(english: WhisperAdapter) -> None:
     (start,) = (english._backend.token_to_id("<|startofprev|>"),)
     assert english._before(Options(), "") == []
-    assert english._before(Options(hotwords=" ", initial_prompt=""), " ") == []
-    found = english._before(Options(hotwords="ho", initial_prompt="pro"), "said")
+    assert english._before(Options(hotwords=" ", initial_prompt=""), [" "]) == []
+    found = english._before(Options(hotwords="ho", initial_prompt="pro"), ["said"])
     assert found == [start, *words(english, " ho pro said")]
     # Half of the 40 positions, with the token that begins it; what was said loses its beginning first.
-    found = english._before(Options(hotwords="ho"), "0123456789abcdefghij")
+    found = english._before(Options(hotwords="ho"), ["0123456789abcdefghij"])
     assert found == [start, *words(english, " ho" + "456789abcdefghij")]
-    found = english._before(Options(initial_prompt="x" * 50), "said")
+    found = english._before(Options(initial_prompt="x" * 50), ["said"])
     assert found == [start, *words(english, " " + "x" * 18)]
+    # With its times, where times are asked for.
+    spoken = [TimedText(0.0, 1.5, "ab"), TimedText(1.5, 2.0, ""), "cd"]
+    at = english.timestamp_begin
+    found = english._before(Options(), spoken)
+    assert found == [start, at, *words(english, " ab"), at + 75, *words(english, " cd")]
+    assert english._before(Options(timestamps=False), spoken) == [start, *words(english, " ab cd")]
 
 
 def test_prompts_of_any_length_change_each_window_by_itself() -> None:
     model, adapter = small_teacher(max_target_positions=40)
     features = torch.randn(3, 8, 3000, generator=torch.Generator().manual_seed(0))
-    previous = ["said", "", "another one"]
+    previous: list[list[Said]] = [["said"], [], ["another one"]]
     together = adapter.decode(model, features, previous=previous, max_new_tokens=5)
     alone = [
         adapter.decode(model, features[row : row + 1], previous=previous[row : row + 1], max_new_tokens=5)[0]

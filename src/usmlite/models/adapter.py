@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from torch import Tensor, nn
 
@@ -53,6 +53,10 @@ class TimedText:
     end: float
     text: str
     words: tuple[Word, ...] | None = None
+
+
+Said: TypeAlias = str | TimedText
+"""Something that was said before a window; times, if it has any, are of the window that it was heard in."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +258,7 @@ class Adapter(ABC):
         audio: Sequence[Tensor],
         options: Options = WITHOUT_TIMES,
         *,
-        previous: Sequence[str] = (),
+        previous: Sequence[Sequence[Said]] = (),
     ) -> list[Decoded]:
         """Transcribes windows, side by side.
 

@@ -31,6 +31,7 @@ from usmlite.models.adapter import (
     WITHOUT_TIMES,
     Adapter,
     Decoded,
+    Said,
     TimedText,
     Word,
     check_expected,
@@ -334,7 +335,7 @@ class CTCAdapter(Adapter):
         audio: Sequence[Tensor],
         options: Options = WITHOUT_TIMES,
         *,
-        previous: Sequence[str] = (),
+        previous: Sequence[Sequence[Said]] = (),
     ) -> list[Decoded]:
         """The likeliest label of each frame, repeats and blanks left out; see `Adapter.transcribe`."""
         self._check_options(options, previous)
@@ -356,7 +357,7 @@ class CTCAdapter(Adapter):
             for samples, labels, logprobs in rows
         ]
 
-    def _check_options(self, options: Options, previous: Sequence[str]) -> None:
+    def _check_options(self, options: Options, previous: Sequence[Sequence[Said]]) -> None:
         if options.task != "transcribe":
             raise unknown_task(options.task, ("transcribe",), self._where, "Choose a Whisper model for that.")
         asked = {

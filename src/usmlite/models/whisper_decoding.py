@@ -18,8 +18,8 @@ from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from usmlite.audio import SAMPLE_RATE, WINDOW_SAMPLES, WINDOW_SECONDS, log_mel
 from usmlite.errors import ModelError
-from usmlite.models.adapter import WITHOUT_TIMES, Adapter, Decoded, TimedText, unknown_task
-from usmlite.models.decoding import DecodingOptions, Prompt, Row
+from usmlite.models.adapter import WITHOUT_TIMES, Adapter, Decoded, Said, TimedText, unknown_task
+from usmlite.models.decoding import SECONDS_PER_TIMESTAMP, DecodingOptions, Prompt, Row
 from usmlite.models.engine import encode
 from usmlite.models.options import Options
 from usmlite.models.segments import Piece, cut_at_timestamps
@@ -148,7 +148,7 @@ class WhisperDecoding(Adapter):
         audio: Sequence[Tensor],
         options: Options = WITHOUT_TIMES,
         *,
-        previous: Sequence[str] = (),
+        previous: Sequence[Sequence[Said]] = (),
     ) -> list[Decoded]:
         """See `Adapter.transcribe`; windows are padded with silence to 30 seconds."""
         seconds = [len(samples) / SAMPLE_RATE for samples in audio]
@@ -170,7 +170,7 @@ class WhisperDecoding(Adapter):
         features: Tensor,
         options: Options = WITHOUT_TIMES,
         *,
-        previous: Sequence[str] = (),
+        previous: Sequence[Sequence[Said]] = (),
         seconds: Sequence[float] = (),
         max_new_tokens: int = 224,
     ) -> list[Decoded]:
@@ -180,7 +180,8 @@ class WhisperDecoding(Adapter):
             model: a `WhisperForConditionalGeneration` in eval mode; its layers may be replaced.
             features: `[batch, mel bins, 3000]`, as `features` returns them.
             options: what is asked for; times are decoded under the rules of openai/whisper.
-            previous: for each window, what was said before it; empty where nobody knows.
+            previous: for each window, what was said before it; empty where nobody knows. What has times is
+                told with them where times are asked for.
             seconds: how much of each window is audio, for the times of words; empty for all of it.
             max_new_tokens: the most tokens for one window.
 
@@ -233,9 +234,11 @@ class WhisperDecoding(Adapter):
         with torch.inference_mode():
             return encode(network, features.to(norm.device, norm.dtype))
 
-    def _prompt(self, code: str | None, options: Options, previous: Sequence[str], batch: int) -> Prompt:
+    def _prompt(
+        self, code: str | None, options: Options, previous: Sequence[Sequence[Said]], batch: int
+    ) -> Prompt:
         task, timestamps = options.task, options.timestamps
-        before = [self._before(options, previous[row] if previous else "") for row in range(batch)]
+        before = [self._before(options, previous[row] if previous else ()) for row in range(batch)]
         if self.is_multilingual and code is None:
             return Prompt(
                 self.start,
@@ -247,15 +250,24 @@ class WhisperDecoding(Adapter):
             self.start, self._prefix(self.languages.get(code or "en"), task, timestamps), (), before
         )
 
-    def _before(self, options: Options, previous: str) -> list[int]:
+    def _before(self, options: Options, previous: Sequence[Said]) -> list[int]:
         """Tokens before <|startoftranscript|>: hotwords, the initial prompt and the end of what was said."""
         told = [text for text in (options.hotwords, options.initial_prompt) if text and text.strip()]
         fixed = [token for text in told for token in self.encode_text(f" {text.strip()}")]
         room = self.config.max_target_positions // 2 - 1
         fixed = fixed[:room]
-        said = self.encode_text(f" {previous.strip()}") if previous.strip() else []
+        said = [token for piece in previous for token in self._told(piece, options.timestamps)]
         said = said[max(0, len(said) - (room - len(fixed))) :]
         return [self._token("<|startofprev|>"), *fixed, *said] if fixed or said else []
+
+    def _told(self, piece: Said, timestamps: bool) -> list[int]:
+        """Tokens of what was said; a model that is told a text without times forgets to give any itself."""
+        text = piece if isinstance(piece, str) else piece.text
+        tokens = self.encode_text(f" {text.strip()}") if text.strip() else []
+        if isinstance(piece, str) or not timestamps or not tokens:
+            return tokens
+        start, end = (round(seconds / SECONDS_PER_TIMESTAMP) for seconds in (piece.start, piece.end))
+        return [self.timestamp_begin + start, *tokens, self.timestamp_begin + end]
 
     def _decoded(self, row: Row, timestamps: bool, language: str) -> Decoded:
         text = self.decode_text(row.tokens)
