@@ -28,8 +28,8 @@ FUZZED    ?= 600
 
 BIN := $(VENV)/bin
 # What a package is built with is pinned as well; older and newer pip read different variables for it.
-PIP := PIP_CONSTRAINT="$(CURDIR)/constraints.txt" PIP_BUILD_CONSTRAINT="$(CURDIR)/constraints.txt" \
-  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
+PINNED := PIP_CONSTRAINT="$(CURDIR)/constraints.txt" PIP_BUILD_CONSTRAINT="$(CURDIR)/constraints.txt"
+PIP := $(PINNED) $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types unit docs slow test-browser test-triton wheel bench limits sanitize fuzz format clean distclean
@@ -72,8 +72,9 @@ test-triton: $(VENV)/.triton
 wheel: $(VENV)/.torch
 	rm -rf dist build/try
 	$(PIP) build
-	PIP_CONSTRAINT="$(CURDIR)/constraints.txt" PIP_BUILD_CONSTRAINT="$(CURDIR)/constraints.txt" $(BIN)/python -m build --sdist .
-	$(PIP) wheel --no-deps --wheel-dir dist --config-settings=cmake.define.USMLITE_REQUIRE_NATIVE=ON dist/usmlite-*.tar.gz
+	$(PINNED) $(BIN)/python -m build --sdist
+	$(PINNED) $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist \
+	  --config-settings=cmake.define.USMLITE_REQUIRE_NATIVE=ON dist/usmlite-*.tar.gz
 	$(PYTHON) -m venv build/try
 	build/try/bin/python -m pip install --quiet -c constraints.txt $(PIP_FLAGS) torch==2.13.0
 	build/try/bin/python -m pip install --quiet -c constraints.txt $(PIP_FLAGS) dist/usmlite-*.whl
