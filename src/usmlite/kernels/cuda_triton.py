@@ -14,18 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from usmlite.kernels.cuda import MOST_ROWS
 from usmlite.kernels.reference import places_of
 from usmlite.kernels.weights import ExpandedWeight, PackedWeight
 
 _BLOCK_ROWS, _BLOCK_COLUMNS = 32, 64
+_LEAST_BLOCK = 16  # of `tl.dot`
 
 
 def multiply(x: Tensor, weight: PackedWeight | ExpandedWeight, out: Tensor) -> None:
     """X times the transposed weight, without its column scales, into `out`.
 
     Args:
-        x: float32 `[count, columns]`, contiguous, 1 to `MOST_ROWS` rows.
+        x: float32 `[count, columns]`, contiguous, at least one row and not many.
         weight: `[rows, columns]`, of those that there is a kernel for.
         out: float32 `[count, rows]`, contiguous.
     """
@@ -64,7 +64,7 @@ def _launch(
     columns = x.shape[1]
     kernel[(triton.cdiv(rows, _BLOCK_ROWS),)](
         x, codes, scale, zero, out, count, rows, columns, row_codes, scale.shape[1], group or columns, offset,
-        BLOCK_X=MOST_ROWS, BLOCK_R=_BLOCK_ROWS, BLOCK_K=_BLOCK_COLUMNS, **choices,
+        BLOCK_X=max(_LEAST_BLOCK, triton.next_power_of_2(count)), BLOCK_R=_BLOCK_ROWS, BLOCK_K=_BLOCK_COLUMNS, **choices,
     )  # fmt: skip
 
 
