@@ -428,6 +428,8 @@ def _select(values: Tensor | None, rows: Tensor | None) -> Tensor | None:
 
 
 def _computing_dtype(weight: Tensor) -> torch.dtype:
+    if weight.is_meta:  # for which torch has no autocast
+        return weight.dtype
     if torch.is_autocast_enabled(weight.device.type):
         return torch.get_autocast_dtype(weight.device.type)
     return weight.dtype
