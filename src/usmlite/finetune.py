@@ -166,6 +166,17 @@ def autocast_precision(choice: str, device: torch.device) -> str:
     return "bf16" if fast else "no"
 
 
+def choose_trained(student: nn.Module, training: TrainingRecipe) -> set[int]:
+    """Freezes the token embedding where it has no learning rate; the ids of its parameters."""
+    try:
+        table = cast(nn.Module, cast(Any, student).get_input_embeddings())
+    except NotImplementedError:  # how Transformers says that there is none
+        table = nn.Module()
+    for parameter in table.parameters():
+        parameter.requires_grad_(training.ever("embedding_learning_rate") > 0)
+    return {id(parameter) for parameter in table.parameters()}
+
+
 def make_optimizer(student: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW with groups for the weights, the learned scales, the token embedding and the learned masks.
 
@@ -174,13 +185,7 @@ def make_optimizer(student: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     setting with its peak learning rate.
     """
     training = recipe.training
-    try:
-        table = cast(nn.Module, cast(Any, student).get_input_embeddings())
-    except NotImplementedError:  # how Transformers says that there is none
-        table = nn.Module()
-    embedding = {id(p): p for p in table.parameters()}
-    for parameter in embedding.values():
-        parameter.requires_grad_(training.ever("embedding_learning_rate") > 0)
+    embedding = choose_trained(student, training)
     groups: list[dict[str, Any]] = [
         {"params": [], "rate": "learning_rate", "weight_decay": training.weight_decay},
         {"params": [], "rate": "scale_learning_rate", "weight_decay": 0.0},
