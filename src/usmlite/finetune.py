@@ -12,8 +12,9 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 from usmlite import student as students
@@ -202,6 +204,27 @@ def make_optimizer(student: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     )
 
 
+def recompute_layers(
+    student: nn.Module,
+    layers: Sequence[str],
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> None:
+    """Keeps only the inputs of these layers for the backward pass, which computes the rest once more.
+
+    Args:
+        student: changed in place.
+        layers: names of its modules.
+        within: what is entered around the second computation.
+    """
+
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        return nullcontext(), within()
+
+    for name in layers:
+        layer = student.get_submodule(name)
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=contexts)
+
+
 def loss_weights(training: TrainingRecipe) -> LossWeights:
     """How much each term of the loss counts with these settings."""
     return LossWeights(
@@ -299,6 +322,8 @@ def finetune(
         layers=adapter.layers(),
         attentions=adapter.attentions(),
     )
+    if training.recompute:
+        recompute_layers(student, adapter.layers())
     distillation = accelerator.prepare(objective)
     dataset = TrainingWindows(utterances, recipe)
     per_step = training.batch_size * training.accumulate * accelerator.num_processes

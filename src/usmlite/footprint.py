@@ -66,7 +66,7 @@ def trace(step: Callable[[], Any], parameters: Iterable[nn.Parameter], *, half: 
         if parameter.requires_grad
     ]
     try:
-        with _Attention(half), counter:
+        with AsOnADevice(half), counter:
             step()
     finally:
         for handle in handles:
@@ -74,8 +74,11 @@ def trace(step: Callable[[], Any], parameters: Iterable[nn.Parameter], *, half: 
     return counter.found
 
 
-class _Attention(TorchFunctionMode):
-    """Keeps attention fused, and casts where autocast would."""
+class AsOnADevice(TorchFunctionMode):
+    """Keeps attention fused, and casts where autocast would.
+
+    `trace` enters it; what computes again in the backward pass, where torch leaves such modes, must itself.
+    """
 
     def __init__(self, half: bool) -> None:
         super().__init__()

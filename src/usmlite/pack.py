@@ -21,8 +21,14 @@ from usmlite import kernels, packfile
 from usmlite import quantize as q
 from usmlite.errors import ModelError, UsmliteError
 from usmlite.packfile import CONFIG_NAME, WEIGHTS_NAME, Manifest, PackedLayer, WeightsFile, WeightsWriter
-from usmlite.spec import matrix_shape
-from usmlite.student import CompressedLayer, WeightCompression, compressed_layers
+from usmlite.spec import LayerSpec, matrix_shape
+from usmlite.student import (
+    CompressedLayer,
+    CompressedLinear,
+    StudentOptions,
+    WeightCompression,
+    compressed_layers,
+)
 
 
 class Processor(Protocol):
@@ -113,6 +119,25 @@ def _stored(name: str, layer: CompressedLayer, *, coded: bool) -> tuple[PackedLa
         return packed, parts
     stored = spec.stored_columns(matrix_shape(shape)[1])
     return packed.encoded(parts, kernels.unpack_codes(parts["codes"], spec.quant.bits, stored))
+
+
+def sample_coding(spec: LayerSpec, options: StudentOptions, *, rows: int = 128, columns: int = 1024) -> float:
+    """About what share of its fixed-width bytes a weight takes with entropy coding.
+
+    Measured on normally distributed weights, which those of trained networks resemble.
+    """
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    layer = CompressedLinear.wrap(
+        _linear(nn.Parameter(weight, requires_grad=False)), WeightCompression(weight, spec, options)
+    )
+    _, parts = _stored("sample", layer, coded=True)
+    return sum(part.nbytes for part in parts.values()) / spec.bytes(rows, columns)
+
+
+def _linear(weight: nn.Parameter) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = weight
+    return layer
 
 
 def pack_layer(name: str, layer: CompressedLayer) -> dict[str, Tensor]:

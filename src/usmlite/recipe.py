@@ -301,6 +301,11 @@ class TrainingRecipe:
         "auto (bf16 autocast where the device is fast at it), bf16 or float32",
         choices=("auto", "bf16", "float32"),
     )
+    recompute: bool = _key(
+        False,
+        "compute each layer's activations again in the backward pass instead of keeping them: less memory, "
+        "about a quarter more time",
+    )
     seed: int = _key(0, "seed of everything random")
     eval_every: int = _key(200, "steps between WER measurements on a part of dev")
     eval_utterances: int = _key(48, "size of that part of dev")
