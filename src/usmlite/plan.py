@@ -12,11 +12,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
@@ -35,14 +36,15 @@ from usmlite.models.whisper import read_json
 from usmlite.pack import sample_coding
 from usmlite.recipe import Recipe
 from usmlite.spec import LayerSpec, matrix_shape
+from usmlite.tables import readable_bytes
 
 ENGINES = ("single", "ddp", "fsdp2")
 EFFICIENCY = 0.35
 """Share of a device's stated speed that training reaches, unless measured; 0.3 to 0.5 is usual."""
 # Beside PyTorch's own tensors, on a GPU: the driver's context, libraries and their workspaces.
 _CONTEXT_BYTES = 1 << 30
-# Layers of the cut-down models that are traced and timed, of which the full one is extrapolated.
-_SHALLOW = (1, 2)
+# Layers of the cut-down models that are traced, and timed, from which the full one is extrapolated.
+_SHALLOW, _TIMED = (2, 3), (1, 2)
 _WINDOW_SECONDS = 30
 _FLOAT, _MOMENTS = 4, 8  # bytes a parameter; AdamW has two numbers
 
@@ -139,6 +141,22 @@ class Plan:
         ]
         values["steps_for_speech"] = self.steps_for_speech
         return values
+
+    def summary(self) -> list[str]:
+        """What the table does not say, in words."""
+        heard = f"{self.batch * self.device.count} windows of 30 s a step"
+        lines = [
+            f"Model     {self.parameters:,} parameters, {self.compressed:,} of them in weights that are "
+            f"compressed; {self.trained:,} numbers are trained",
+            f"Packed    {readable_bytes(self.packed_bytes)}, "
+            f"{100 * self.packed_bytes / self.float32_bytes:.2f} % of float32"
+            + (f"; with entropy coding about {readable_bytes(self.coded_bytes)}" if self.coded_bytes else ""),
+            f"Step      {self.operations / 1e12:.3g} TFLOP a device; {heard}",
+            f"Speed     {self.how}",
+        ]
+        if self.speech_hours is None:
+            return [*lines, f"Hours     of the recipe's {self.steps} steps"]
+        return [*lines, f"Hours     to hear {self.speech_hours:g} h of speech once: {self.steps_for_speech} steps"]
 
     def fits(self, setting: int) -> bool:
         """Whether the device has that much memory."""
@@ -249,10 +267,9 @@ def make_plan(
     outline = read_outline(source)
     teacher, student = _models(outline, recipe)
     bytes_ = _Bytes.of(teacher, student, recipe)
-    batch = recipe.training.batch_size
     half = _half(recipe, device)
-    plain = _trace(outline, recipe, batch, half=half, recompute=False)
-    seldom = _trace(outline, recipe, batch, half=half, recompute=True)
+    plain = _trace(outline, recipe, device, half=half, recompute=False)
+    seldom = _trace(outline, recipe, device, half=half, recompute=True)
     settings = [
         _memory(engine, recompute, bytes_, seldom if recompute else plain, device, recipe)
         for engine in engines
@@ -270,7 +287,7 @@ def make_plan(
     compressed = sum(cast(Tensor, student.get_submodule(name).weight).numel() for name in specs)
     return Plan(
         str(source), bytes_.parameters, compressed, bytes_.trained, _FLOAT * bytes_.parameters, packed, coded,
-        device, batch * recipe.training.accumulate, done, tuple(settings), seconds, how,
+        device, recipe.training.batch_size * recipe.training.accumulate, done, tuple(settings), seconds, how,
         recipe.training.steps, speech_hours,
     )  # fmt: skip
 
@@ -354,41 +371,36 @@ def _memory(
         + (_MOMENTS * sizes.trained + sizes.average) // sharded
         + (gradients if engine == "ddp" else 0)  # its buckets are there from the first step on
     )
-    peak = max(seen.forward, seen.rest + gradients // sharded)
-    activations = seen.forward + gathered
+    peak = round(seen.whole if sharded == 1 else seen.share) + gathered
     evaluation = sizes.teacher + sizes.average // sharded if recipe.data.dev is not None else 0
     return Memory(
         engine, recompute, sizes.teacher // sharded, sizes.student // sharded, sizes.masks,
         gradients // sharded + (gradients if engine == "ddp" else 0),
-        (_MOMENTS * sizes.trained + sizes.average) // sharded, activations, process,
-        process + held + max(peak + gathered, evaluation),
+        (_MOMENTS * sizes.trained + sizes.average) // sharded, round(seen.activations) + gathered, process,
+        process + held + max(peak, evaluation),
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Traced:
-    """Of one step: operations, the most bytes without gradients, and those held beside all gradients."""
+    """Of one step: operations, and the most bytes without gradients, with them, and with a device's share."""
 
     operations: float
-    forward: float
-    rest: float
+    activations: float
+    whole: float
+    share: float
 
     @classmethod
-    def of(cls, found: Footprint) -> _Traced:
-        most = max((mine for mine, _ in found.curve), default=0)
-        late = [other for mine, other in found.curve if mine >= 0.9 * most]
-        return cls(found.operations, found.activations, max(late, default=0))
+    def of(cls, found: Footprint, devices: int) -> _Traced:
+        return cls(found.operations, found.activations, found.peak(), found.peak(gradients=1 / devices))
 
     def plus(self, other: _Traced, times: float) -> _Traced:
-        return _Traced(
-            self.operations + times * other.operations,
-            self.forward + times * other.forward,
-            self.rest + times * other.rest,
-        )
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return _Traced(*(mine + times * theirs for mine, theirs in pairs))
 
 
-def _trace(outline: Outline, recipe: Recipe, batch: int, *, half: bool, recompute: bool) -> _Traced:
-    """A step of the full model, from those of one and of two layers: every layer is like the others."""
+def _trace(outline: Outline, recipe: Recipe, device: Device, *, half: bool, recompute: bool) -> _Traced:
+    """A step of the full model, from those of a few layers: every layer is like the others."""
 
     def at(depth: int) -> _Traced:
         cut = outline.at_depth(depth)
@@ -396,9 +408,9 @@ def _trace(outline: Outline, recipe: Recipe, batch: int, *, half: bool, recomput
         objective = _objective(cut, teacher, student, recipe)
         if recompute:
             recompute_layers(student, cut.adapter.layers(), lambda: AsOnADevice(half))
-        given = _step_inputs(cut.adapter, batch)
+        given = _step_inputs(cut.adapter, recipe.training.batch_size)
         found = trace(lambda: objective(**given)["loss"].backward(), student.parameters(), half=half)
-        return _Traced.of(found)
+        return _Traced.of(found, device.count)
 
     return _extrapolated(outline, at)
 
@@ -446,7 +458,7 @@ def _measured(outline: Outline, recipe: Recipe, repeats: int = 2) -> tuple[float
     """Operations a second of real steps of one window; what one layer more takes is what counts."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     half = autocast_precision(recipe.training.precision, device) == "bf16"
-    depths = [depth for depth in _SHALLOW if depth <= max(outline.depths, default=1)]
+    depths = [depth for depth in _TIMED if depth <= max(outline.depths, default=1)]
     seconds, operations = [], []
     for depth in depths:
         cut = outline.at_depth(depth)
@@ -559,6 +571,27 @@ def _packed_bytes(teacher: nn.Module, outline: Outline, recipe: Recipe) -> tuple
     return fixed, round(fixed - saved)
 
 
-def single(device: Device) -> Device:
-    """One of these devices."""
-    return replace(device, count=1)
+def plan_table(found: Plan) -> Table:
+    """Memory of one device, in GB, and time: a line for each engine setting."""
+    count = f"{found.device.count} x " if found.device.count > 1 else ""
+    title = f"{found.source} on {count}{found.device.name}: GB a device, and time"
+    table = Table(title=title, title_justify="left")
+    for name in ("engine", "recompute"):
+        table.add_column(name)
+    for name in ("teacher", "student", "masks", "grads", "AdamW", "activ.", "process", "peak", "fits", "s/step"):
+        table.add_column(name, justify="right")
+    table.add_column("hours", justify="right")
+    for index, memory in enumerate(found.memory):
+        parts = (
+            memory.teacher, memory.student, memory.masks, memory.gradients, memory.optimizer,
+            memory.activations, memory.process, memory.peak,
+        )  # fmt: skip
+        times = (found.seconds_per_step[index], found.hours(index))
+        table.add_row(
+            memory.engine,
+            "yes" if memory.recompute else "no",
+            *(f"{part / 1e9:.2f}" for part in parts),
+            "yes" if found.fits(index) else "no",
+            *("" if each is None else f"{each:.3g}" for each in times),
+        )
+    return table
