@@ -47,6 +47,11 @@ class ModelRecipe:
     """[model]: where to start."""
 
     source: str = _key("tiny.en", "a name (tiny.en, base), a model directory, or a hub id", flag="model")
+    streamed: bool = _key(
+        False,
+        "read, round and write the weights of a directory one by one, so that a model of any size needs "
+        "little memory; without fine-tuning and speech (--no-finetune --start magnitude)",
+    )
 
 
 @dataclass(frozen=True)

@@ -536,7 +536,12 @@ class CompressedPositions(nn.Embedding):
 CompressedLayer = CompressedLinear | CompressedConv1d | CompressedEmbedding | CompressedPositions
 
 
-def _wrap(layer: nn.Module, kind: str, compression: WeightCompression) -> nn.Module:
+def wrap(layer: nn.Module, kind: str, compression: WeightCompression) -> CompressedLayer:
+    """The compressed layer in the place of a dense one.
+
+    Raises:
+        ModelError: the layer is not of this kind.
+    """
     if kind == "linear" and isinstance(layer, nn.Linear):
         return CompressedLinear.wrap(layer, compression)
     if kind in ("conv1d", "linear") and isinstance(layer, nn.Conv1d):
@@ -605,7 +610,7 @@ def make_student(
             octaves=(octaves or {}).get(f"{name}.weight"),
         )
         tied[id(weight)] = compression
-        student.set_submodule(name, _wrap(layer, kind, compression))
+        student.set_submodule(name, wrap(layer, kind, compression))
     # A layer that shares a compressed weight (the tied output projection) must compute with it too.
     for name, layer in list(student.named_modules()):
         shared = tied.get(id(getattr(layer, "weight", None)))
