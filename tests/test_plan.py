@@ -27,8 +27,8 @@ def test_a_footprint_is_what_lives_at_once():
     with torch.device("meta"):
         first, second = nn.Linear(8, 16, bias=False), nn.Linear(16, 4, bias=False)
         given = torch.empty(32, 8)
-    parameters = [first.weight, second.weight]
-    found = trace(lambda: second(first(given).relu()).sum().backward(), parameters)
+    held = [first.weight, second.weight, given]
+    found = trace(lambda: second(first(given).relu()).sum().backward(), held)
     # relu's output is kept, its input not: at the second layer two tensors of 32 x 16 are not alive at once.
     assert found.curve[0] == (0, 4 * 32 * 16)
     gradients = 4 * (8 * 16 + 16 * 4)

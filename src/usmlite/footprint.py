@@ -51,19 +51,21 @@ class Footprint:
         return max((other for _, other in self.curve), default=0)
 
 
-def trace(step: Callable[[], Any], parameters: Iterable[nn.Parameter], *, half: bool = False) -> Footprint:
+def trace(step: Callable[[], Any], held: Iterable[Tensor], *, half: bool = False) -> Footprint:
     """Runs a step whose models and inputs lie on the meta device.
 
     Args:
         step: forward and backward pass.
-        parameters: of which gradients are told apart.
+        held: parameters, buffers and inputs, which are there before and are not counted; gradients of those
+            that require one are told apart.
         half: compute products in bfloat16, as autocast does.
     """
-    counter = _Counter()
+    held = list(held)
+    counter = _Counter(held)
     handles = [
-        parameter.register_post_accumulate_grad_hook(lambda p: counter.is_gradient(p.grad))
-        for parameter in parameters
-        if parameter.requires_grad
+        tensor.register_post_accumulate_grad_hook(lambda p: counter.is_gradient(p.grad))
+        for tensor in held
+        if tensor.requires_grad
     ]
     try:
         with AsOnADevice(half), counter:
@@ -92,9 +94,10 @@ class AsOnADevice(TorchFunctionMode):
         if self.half and (fused or func in _IN_HALF):
             args = tuple(_to_half(value) for value in args)
             kwargs = {name: _to_half(value) for name, value in kwargs.items()}
-        if fused and args[0].device.type == "meta":
+        mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None) if fused else None
+        # Biases that are learned are written out on every device.
+        if fused and args[0].device.type == "meta" and (mask is None or not mask.requires_grad):
             query, key, value = args[:3]
-            mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
             if mask is not None and mask.dtype == torch.bool:
                 mask = torch.empty(mask.shape, dtype=query.dtype, device="meta")
             out, _ = _fused(query, key, value, 0.0, bool(kwargs.get("is_causal")), attn_mask=mask)
@@ -108,11 +111,12 @@ def _to_half(value: Any) -> Any:
 
 
 class _Counter(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, held: Iterable[Tensor]) -> None:
         super().__init__()
         self.found = Footprint()
         self._other = self._gradients = 0
-        self._kinds: dict[int, str] = {}
+        # Views of what is held have its storage.
+        self._kinds = {tensor.untyped_storage()._cdata: "held" for tensor in held}
 
     def is_gradient(self, gradient: Tensor | None) -> None:
         """Counts a tensor among the gradients from now on."""

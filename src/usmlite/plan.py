@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
@@ -409,7 +409,8 @@ def _trace(outline: Outline, recipe: Recipe, device: Device, *, half: bool, reco
         if recompute:
             recompute_layers(student, cut.adapter.layers(), lambda: AsOnADevice(half))
         given = _step_inputs(cut.adapter, recipe.training.batch_size)
-        found = trace(lambda: objective(**given)["loss"].backward(), student.parameters(), half=half)
+        held = _held(teacher, student, given)
+        found = trace(lambda: objective(**given)["loss"].backward(), held, half=half)
         return _Traced.of(found, device.count)
 
     return _extrapolated(outline, at)
@@ -431,6 +432,11 @@ def _objective(outline: Outline, teacher: nn.Module, student: nn.Module, recipe:
         student, teacher, loss_weights(recipe.training), network=adapter.network, layers=adapter.layers(),
         attentions=adapter.attentions(),
     )  # fmt: skip
+
+
+def _held(teacher: nn.Module, student: nn.Module, given: Mapping[str, Tensor]) -> list[Tensor]:
+    models = [tensor for model in (teacher, student) for tensor in (*model.parameters(), *model.buffers())]
+    return [*models, *given.values()]
 
 
 def _step_inputs(adapter: Adapter, rows: int) -> dict[str, Tensor]:
@@ -469,7 +475,7 @@ def _measured(outline: Outline, recipe: Recipe, repeats: int = 2) -> tuple[float
         def step(objective: Distillation = objective, given: dict[str, Tensor] = given) -> None:
             objective(**given)["loss"].backward()
 
-        operations.append(trace(step, student.parameters(), half=half).operations)
+        operations.append(trace(step, _held(teacher, student, given), half=half).operations)
     speed = operations[-1] / seconds[-1]
     if len(depths) > 1 and seconds[1] > seconds[0]:
         speed = (operations[1] - operations[0]) / (seconds[1] - seconds[0])
