@@ -66,7 +66,9 @@ def main() -> None:
             case = {"model": model, "batch": batch, "recompute": recompute, "folder": folder}
             found = {**run(case), **run(case, "--plan")}
         ratio = found["planned_bytes"] / found["measured_bytes"]
-        rows.append({"model": model, "batch": batch, "recompute": recompute, **found, "ratio": round(ratio, 4)})
+        rows.append(
+            {"model": model, "batch": batch, "recompute": recompute, **found, "ratio": round(ratio, 4)}
+        )
         print(json.dumps(rows[-1]), flush=True)
     result = {"machine": describe_machine(), "versions": describe_versions(), "steps": STEPS, "rows": rows}
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -84,7 +86,9 @@ def recipe(case: dict[str, Any], **more: Any) -> Any:
     from usmlite.recipe import build_recipe
 
     training = {"steps": STEPS, "batch_size": case["batch"], "recompute": case["recompute"], **more}
-    return build_recipe({"training": training, "student": {"start": "magnitude"}, "data": {"targets": "text"}})
+    return build_recipe(
+        {"training": training, "student": {"start": "magnitude"}, "data": {"targets": "text"}}
+    )
 
 
 def planned(case: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +131,10 @@ def measured(case: dict[str, Any]) -> dict[str, Any]:
         computed=adapter.computed(teacher.model),
     )  # fmt: skip
     outcome = finetune(student, teacher.model, adapter, speech, settings, folder)
-    return {"measured_bytes": outcome.peak_memory_bytes, "seconds_per_step": round(outcome.seconds / STEPS, 2)}
+    return {
+        "measured_bytes": outcome.peak_memory_bytes,
+        "seconds_per_step": round(outcome.seconds / STEPS, 2),
+    }
 
 
 def save_model(folder: Path, values: dict[str, Any]) -> Path:

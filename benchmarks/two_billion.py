@@ -29,7 +29,9 @@ def main() -> None:
     """Runs everything, or the one stage that --stage names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--scratch", type=Path, help="where the model is written (default: a temporary folder)")
+    parser.add_argument(
+        "--scratch", type=Path, help="where the model is written (default: a temporary folder)"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "results/two_billion.json")
     parser.add_argument("--stage", choices=("pack", "run"), help="internal")
     arguments = parser.parse_args()

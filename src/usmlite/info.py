@@ -202,9 +202,7 @@ def describe_weights(model: nn.Module, adapter: Adapter, spec: CompressionSpec, 
     unused = tuple(f"{rule.match} ({rule.kind or 'any kind'}): {rule.spec}" for rule in spec.unused(kinds))
     parts = _parts(rows, adapter.part)
     float32_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
-    return ModelInfo(
-        source, False, tuple(rows), _header_bytes(stored), float32_bytes, unused, parts=parts
-    )
+    return ModelInfo(source, False, tuple(rows), _header_bytes(stored), float32_bytes, unused, parts=parts)
 
 
 def _parts(rows: Iterable[LayerRow], part: Callable[[str], str]) -> dict[str, str]:

@@ -156,7 +156,10 @@ class Plan:
         ]
         if self.speech_hours is None:
             return [*lines, f"Hours     of the recipe's {self.steps} steps"]
-        return [*lines, f"Hours     to hear {self.speech_hours:g} h of speech once: {self.steps_for_speech} steps"]
+        return [
+            *lines,
+            f"Hours     to hear {self.speech_hours:g} h of speech once: {self.steps_for_speech} steps",
+        ]
 
     def fits(self, setting: int) -> bool:
         """Whether the device has that much memory."""
@@ -541,9 +544,7 @@ def _noise(outline: Tensor, device: torch.device, size: float = 1.0) -> Tensor:
     return torch.ones(outline.shape, device=device, dtype=outline.dtype)
 
 
-def _seconds(
-    setting: Memory, operations: float, speed: float, device: Device, sizes: _Bytes
-) -> float:
+def _seconds(setting: Memory, operations: float, speed: float, device: Device, sizes: _Bytes) -> float:
     """Of one step: computing, or sending where that takes longer; both go on at once."""
     computing = operations / speed
     if device.count == 1 or device.link is None or setting.engine == "single":
@@ -584,7 +585,18 @@ def plan_table(found: Plan) -> Table:
     table = Table(title=title, title_justify="left")
     for name in ("engine", "recompute"):
         table.add_column(name)
-    for name in ("teacher", "student", "masks", "grads", "AdamW", "activ.", "process", "peak", "fits", "s/step"):
+    for name in (
+        "teacher",
+        "student",
+        "masks",
+        "grads",
+        "AdamW",
+        "activ.",
+        "process",
+        "peak",
+        "fits",
+        "s/step",
+    ):
         table.add_column(name, justify="right")
     table.add_column("hours", justify="right")
     for index, memory in enumerate(found.memory):

@@ -24,7 +24,10 @@ from usmlite.student import CompressedLayer, StudentOptions, WeightCompression, 
 INDEX = "model.safetensors.index.json"
 _AGAIN = "Download the model again."
 # How a weight norm is stored: its lengths and its directions, by the old and by the new name.
-_NORMS = (("parametrizations.weight.original0", "parametrizations.weight.original1"), ("weight_g", "weight_v"))
+_NORMS = (
+    ("parametrizations.weight.original0", "parametrizations.weight.original1"),
+    ("weight_g", "weight_v"),
+)
 
 
 class Shards:
