@@ -50,7 +50,8 @@ def test_the_recipe_of_two_billion_is_planned_without_a_weight():
     assert single.optimizer == 8 * plan.trained
     assert plan.steps_for_speech == 960 * 120 / 4
     recomputed = plan.memory[1]
-    assert recomputed.recompute and recomputed.peak < single.peak
+    assert recomputed.recompute
+    assert recomputed.peak < single.peak
     assert plan.seconds_per_step[1] > plan.seconds_per_step[0] > 0
 
 
@@ -101,11 +102,14 @@ def test_the_command(tmp_path, capsys):
     flags = ["plan", str(tmp_path / "model"), "--devices", "2xA100-40GB", "--engine", "fsdp2"]
     assert main([*flags, "--speech-hours", "10", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
-    assert found["device"]["count"] == 2 and found["settings"][0]["engine"] == "fsdp2"
-    assert found["settings"][0]["hours"] > 0 and found["settings"][0]["fits"] is True
+    assert found["device"]["count"] == 2
+    assert found["settings"][0]["engine"] == "fsdp2"
+    assert found["settings"][0]["hours"] > 0
+    assert found["settings"][0]["fits"] is True
     assert main(flags) == 0
     shown = capsys.readouterr().out
-    assert "2 x A100-40GB" in shown and "Packed" in shown
+    assert "2 x A100-40GB" in shown
+    assert "Packed" in shown
 
 
 def test_measured_speed(tmp_path, capsys):
@@ -145,7 +149,8 @@ def test_bad_input_gives_one_error(tmp_path, capsys):
     ):
         assert main(["plan", *flags]) == 2
         error = capsys.readouterr().err
-        assert message in error and len(error.strip().splitlines()) == 1
+        assert message in error
+        assert len(error.strip().splitlines()) == 1
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ModelError, match="no adapter"):
         read_outline(tmp_path / "config.json")

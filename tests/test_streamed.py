@@ -52,7 +52,8 @@ def test_the_file_is_that_of_the_whole_model(name, spec, tmp_path):
     shard(source)
     report = compress(recipe(source, True, **spec), tmp_path / "streamed")
     one, other = (read_manifest(tmp_path / run / "packed") for run in ("whole", "streamed"))
-    assert one.digest == other.digest and one.layers == other.layers
+    assert one.digest == other.digest
+    assert one.layers == other.layers
     assert report["packed_bytes"] == (tmp_path / "streamed/packed/model.safetensors").stat().st_size
     assert report["float32_bytes"] == whole["float32_bytes"]
 
