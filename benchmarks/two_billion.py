@@ -1,10 +1,10 @@
-"""A synthetic Conformer-CTC of two billion weights: packed weight by weight, loaded mapped, run once on the CPU.
+"""A synthetic Conformer-CTC of two billion weights, packed weight by weight, mapped, and run on the CPU.
 
     python benchmarks/two_billion.py [--layers 32] [--scratch DIR]
 
-Writes random weights in bfloat16 shards (3.5 GB for 32 layers; 5 GB of room are needed, and given back), packs
-them with `usmlite compress --streamed`, and transcribes some seconds of noise from the mapped file. Packing and
-running are processes of their own, whose peak resident memory goes to results/two_billion.json.
+Writes random weights in bfloat16 shards (3.5 GB for 32 layers; 5 GB of room are needed, and given back),
+packs them with `usmlite compress --streamed`, and transcribes some seconds of noise from the mapped
+file. Packing and running are processes of their own, whose peak resident memory goes to results/two_billion.json.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def pack(scratch: Path) -> dict[str, Any]:
 
     memory, started = PeakMemory(), time.perf_counter()
     code = usmlite(
-        ["compress", str(scratch / "dense"), "--no-finetune", "--start", "magnitude", "--streamed", "--scales",
-         "min-max", "--no-entropy-coding", "--out", str(scratch / "run")]
+        ["compress", str(scratch / "dense"), "--no-finetune", "--start", "magnitude", "--streamed",
+         "--scales", "min-max", "--no-entropy-coding", "--out", str(scratch / "run")]
     )  # fmt: skip
     assert code == 0
     size = (scratch / "run/packed/model.safetensors").stat().st_size

@@ -259,7 +259,10 @@ def _uncompressed(student: nn.Module, covered: dict[str, CompressedLayer]) -> di
 
 
 def stored_dtype(tensor: Tensor) -> torch.dtype:
-    """How a tensor that is not compressed is stored. Parameters as float16. Buffers are few, and float16 would lose variances and frequencies."""
+    """How a tensor that is not compressed is stored: parameters as float16.
+
+    Buffers are few, and float16 would lose variances and frequencies.
+    """
     if not tensor.is_floating_point():
         return tensor.dtype
     return torch.float16 if isinstance(tensor, nn.Parameter) else torch.float32

@@ -1,4 +1,4 @@
-"""A packed model of any size without the dense one in memory: weights are read, rounded and written one by one.
+"""A packed model without the dense one in memory: weights are read, rounded and written one by one.
 
 For what needs neither training nor calibration: masks by magnitude, scales from the weight itself.
 """

@@ -24,7 +24,7 @@ Devices are names such as 8xH100-80GB, or a TOML file of one's own:
 
 examples:
   usmlite plan tiny.en --measure
-  usmlite plan recipes/conformer-2b/config.json --recipe recipes/conformer-2b/recipe.toml --devices 8xH100-80GB
+  usmlite plan config.json --recipe recipes/conformer-2b/recipe.toml --devices 8xH100-80GB
   usmlite plan openai/whisper-large-v3 --devices 8xA100-40GB --engine fsdp2 --speech-hours 960
   usmlite plan base --batch-size 16 --devices cluster.toml --json
 """
