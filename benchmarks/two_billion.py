@@ -3,8 +3,8 @@
     python benchmarks/two_billion.py [--layers 32] [--scratch DIR]
 
 Writes random weights in bfloat16 shards (3.5 GB for 32 layers; 5 GB of room are needed, and given back),
-packs them with `usmlite compress --streamed`, and transcribes some seconds of noise from the mapped
-file. Packing and running are processes of their own, whose peak resident memory goes to results/two_billion.json.
+packs them with `usmlite compress --streamed`, and transcribes some seconds of noise from the mapped file.
+Packing and running are processes of their own, whose peak resident memory goes to results/two_billion.json.
 """
 
 from __future__ import annotations
