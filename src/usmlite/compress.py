@@ -45,6 +45,7 @@ from usmlite.load import (
     run_spec,
     student_options,
 )
+from usmlite.memory import PeakMemory
 from usmlite.mixture import learn_allocation
 from usmlite.models import Adapter, Options, Teacher, TimedText, load_teacher
 from usmlite.pack import pack
@@ -53,6 +54,7 @@ from usmlite.recipe import Recipe, load_recipe, recipe_to_dict, recipe_to_toml
 from usmlite.report import read_report
 from usmlite.runtime import Recognizer
 from usmlite.spec import KEEP, CompressionSpec, Rule, matrix_shape
+from usmlite.streamed import DenseFiles, pack_streamed
 from usmlite.transcripts import transcribe_corpus, with_targets
 
 MIXTURE_FILE = "allocation-mixture.json"
@@ -96,6 +98,8 @@ def compress(
     if console is None or not processes.is_main_process:
         console = Console(quiet=True)
     started = time.perf_counter()
+    if recipe.model.streamed:
+        return compress_streamed(recipe, output, console)
     with processes.main_process_first():
         claim(output, recipe)
     teacher = load_teacher(recipe.model.source)
@@ -149,6 +153,44 @@ def compress(
     write_json(output / REPORT_FILE, result)
     show(result, evaluations, teacher, console)
     tell_page(output, [output], console)
+    return result
+
+
+def compress_streamed(recipe: Recipe, output: Path, console: Console) -> dict[str, Any]:
+    """Packs a model weight by weight, without the dense one in memory; see `streamed`.
+
+    Raises:
+        RecipeError: the recipe asks for what needs the whole model.
+        ModelError: the source is no directory of Transformers, or of a family that must be loaded whole.
+    """
+    started, memory, data = time.perf_counter(), PeakMemory(), recipe.data
+    demands = {
+        "training.steps": recipe.training.steps > 0,
+        "student.start": recipe.student.start != "magnitude",
+        "spec.target_size": recipe.spec.target_size is not None,
+        "data": any((data.train, data.dev, data.test)),
+    }
+    for place, demanded in demands.items():
+        if demanded:
+            raise RecipeError(
+                "needs the whole model in memory", where=place, expected="nothing that runs the model",
+                found="model.streamed",
+                remedy="Give --no-finetune --start magnitude and no speech, or leave out --streamed; "
+                "'usmlite evaluate' measures the packed model.",
+            )  # fmt: skip
+    files = DenseFiles(Path(recipe.model.source).expanduser())
+    claim(output, recipe)
+    source = Teacher(cast(Any, files.model), files.adapter, recipe.model.source, files.float32_bytes)
+    with _bar(console, "Packing", 1) as progress:
+        pack_streamed(
+            files, recipe.spec.build(), student_options(recipe), output / PACKED_FOLDER,
+            coded=recipe.spec.entropy_coding, progress=progress,
+        )  # fmt: skip
+    result = make_report(recipe, source, None, None, [], output)
+    result["data"], result["seconds"] = {}, round(time.perf_counter() - started, 1)
+    result["peak_memory_bytes"] = memory.read()[0]
+    write_json(output / REPORT_FILE, result)
+    show(result, [], source, console)
     return result
 
 

@@ -12,8 +12,9 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 from usmlite import student as students
@@ -166,6 +168,17 @@ def autocast_precision(choice: str, device: torch.device) -> str:
     return "bf16" if fast else "no"
 
 
+def choose_trained(student: nn.Module, training: TrainingRecipe) -> set[int]:
+    """Freezes the token embedding where it has no learning rate; the ids of its parameters."""
+    try:
+        table = cast(nn.Module, cast(Any, student).get_input_embeddings())
+    except NotImplementedError:  # how Transformers says that there is none
+        table = nn.Module()
+    for parameter in table.parameters():
+        parameter.requires_grad_(training.ever("embedding_learning_rate") > 0)
+    return {id(parameter) for parameter in table.parameters()}
+
+
 def make_optimizer(student: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW with groups for the weights, the learned scales, the token embedding and the learned masks.
 
@@ -174,13 +187,7 @@ def make_optimizer(student: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     setting with its peak learning rate.
     """
     training = recipe.training
-    try:
-        table = cast(nn.Module, cast(Any, student).get_input_embeddings())
-    except NotImplementedError:  # how Transformers says that there is none
-        table = nn.Module()
-    embedding = {id(p): p for p in table.parameters()}
-    for parameter in embedding.values():
-        parameter.requires_grad_(training.ever("embedding_learning_rate") > 0)
+    embedding = choose_trained(student, training)
     groups: list[dict[str, Any]] = [
         {"params": [], "rate": "learning_rate", "weight_decay": training.weight_decay},
         {"params": [], "rate": "scale_learning_rate", "weight_decay": 0.0},
@@ -195,6 +202,27 @@ def make_optimizer(student: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=training.learning_rate, fused=True
     )
+
+
+def recompute_layers(
+    student: nn.Module,
+    layers: Sequence[str],
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> None:
+    """Keeps only the inputs of these layers for the backward pass, which computes the rest once more.
+
+    Args:
+        student: changed in place.
+        layers: names of its modules.
+        within: what is entered around the second computation.
+    """
+
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        return nullcontext(), within()
+
+    for name in layers:
+        layer = student.get_submodule(name)
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=contexts)
 
 
 def loss_weights(training: TrainingRecipe) -> LossWeights:
@@ -294,6 +322,8 @@ def finetune(
         layers=adapter.layers(),
         attentions=adapter.attentions(),
     )
+    if training.recompute:
+        recompute_layers(student, adapter.layers())
     distillation = accelerator.prepare(objective)
     dataset = TrainingWindows(utterances, recipe)
     per_step = training.batch_size * training.accumulate * accelerator.num_processes

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from usmlite.errors import ModelError, PackedModelError
 from usmlite.load import PACKED_FOLDER, RECIPE_FILE
-from usmlite.models import adapter_class, load_teacher, read_configuration, skeleton
+from usmlite.models import Adapter, adapter_class, load_teacher, read_configuration, skeleton
 from usmlite.packfile import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -167,13 +167,22 @@ def dense_float32_bytes(config: PretrainedConfig) -> int:
 
 def _describe_dense(source: str | Path, spec: CompressionSpec) -> ModelInfo:
     teacher = load_teacher(source)
-    kinds = {
-        name.removesuffix(".weight"): kind
-        for name, kind in teacher.adapter.compressible(teacher.model).items()
-    }
-    computed, shown = teacher.adapter.computed(teacher.model), _kinds(teacher.model)
+    return describe_weights(teacher.model, teacher.adapter, spec, str(source))
+
+
+def describe_weights(model: nn.Module, adapter: Adapter, spec: CompressionSpec, source: str) -> ModelInfo:
+    """The tensors of a dense model after compression.
+
+    Args:
+        model: the dense model; may lie on the meta device.
+        adapter: of its family.
+        spec: what its weights would become.
+        source: what to call it.
+    """
+    kinds = {name.removesuffix(".weight"): kind for name, kind in adapter.compressible(model).items()}
+    computed, shown = adapter.computed(model), _kinds(model)
     rows, stored = [], {}
-    for name, parameter in stored_tensors(teacher.model).items():
+    for name, parameter in stored_tensors(model).items():
         module, shape = name.removesuffix(".weight"), tuple(parameter.shape)
         kind = kinds.get(module) or (shown.get(module, "other") if name.endswith(".weight") else "other")
         layer = spec.resolve(module, kind) if module in kinds else LayerSpec()
@@ -191,10 +200,9 @@ def _describe_dense(source: str | Path, spec: CompressionSpec) -> ModelInfo:
             for part, described in part_shapes(layer, *size).items():
                 stored[f"{name}.{part}"] = described
     unused = tuple(f"{rule.match} ({rule.kind or 'any kind'}): {rule.spec}" for rule in spec.unused(kinds))
-    parts = _parts(rows, teacher.adapter.part)
-    return ModelInfo(
-        str(source), False, tuple(rows), _header_bytes(stored), teacher.float32_bytes, unused, parts=parts
-    )
+    parts = _parts(rows, adapter.part)
+    float32_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
+    return ModelInfo(source, False, tuple(rows), _header_bytes(stored), float32_bytes, unused, parts=parts)
 
 
 def _parts(rows: Iterable[LayerRow], part: Callable[[str], str]) -> dict[str, str]:

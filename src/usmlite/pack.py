@@ -7,8 +7,10 @@ as a whole is in memory.
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -21,8 +23,14 @@ from usmlite import kernels, packfile
 from usmlite import quantize as q
 from usmlite.errors import ModelError, UsmliteError
 from usmlite.packfile import CONFIG_NAME, WEIGHTS_NAME, Manifest, PackedLayer, WeightsFile, WeightsWriter
-from usmlite.spec import matrix_shape
-from usmlite.student import CompressedLayer, WeightCompression, compressed_layers
+from usmlite.spec import LayerSpec, matrix_shape
+from usmlite.student import (
+    CompressedLayer,
+    CompressedLinear,
+    StudentOptions,
+    WeightCompression,
+    compressed_layers,
+)
 
 
 class Processor(Protocol):
@@ -78,30 +86,71 @@ def pack(
         rest = _uncompressed(student, covered)
         computed = {name: rule for name, tensor in rest.items() if (rule := packfile.computed_rule(tensor))}
         kept = {name: tensor for name, tensor in rest.items() if name not in computed}
-        for name in computed:
-            del rest[name]
-        with packfile.new_directory(directory) as folder, tempfile.TemporaryDirectory(dir=folder) as aside:
-            layers = {}
-            for index, (name, layer) in enumerate(covered.items()):
-                layers[name], parts = _stored(name, layer, coded=coded)
-                save_file(parts, Path(aside) / str(index))
-            writer = WeightsWriter(folder / WEIGHTS_NAME, _stored_shapes(layers, kept))
-            try:
-                for name, tensor in kept.items():
-                    writer.write(name, _as_stored(name, tensor))
-                for index, name in enumerate(covered):
-                    for part, stored in load_file(Path(aside) / str(index)).items():
-                        writer.write(f"{name}.weight.{part}", stored)
-            except BaseException:
-                writer.close(complete=False)
-                raise
-            writer.close()
-            weights = WeightsFile(folder / WEIGHTS_NAME)
-            manifest = Manifest(layers, computed, weights.digest(), packfile.usmlite_version())
-            adapter.save_processor(folder)
-            _write_config(student, manifest, folder / CONFIG_NAME)
-    sizes = {name: tensor.numel() * _stored_dtype(tensor).itemsize for name, tensor in kept.items()}
-    return Packed(Path(directory), weights.size, manifest.digest, layers, sizes, computed)
+        return write_packed(
+            directory,
+            (packed_layer(name, layer, coded=coded) for name, layer in covered.items()),
+            {name: (stored_dtype(tensor), tuple(tensor.shape)) for name, tensor in kept.items()},
+            kept.__getitem__,
+            computed,
+            adapter,
+            student,
+        )
+
+
+def write_packed(
+    directory: str | os.PathLike[str],
+    layers: Iterable[tuple[str, PackedLayer, dict[str, Tensor]]],
+    kept: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    read: Callable[[str], Tensor],
+    computed: dict[str, str],
+    adapter: Processor,
+    model: nn.Module,
+) -> Packed:
+    """Writes a packed model of weights that come one by one.
+
+    Args:
+        directory: see `pack`.
+        layers: of each compressed weight its module, what it becomes and its parts; asked for once.
+        kept: dtype and shape of every tensor that is stored as it is.
+        read: gives such a tensor by name, in any dtype.
+        computed: tensors that are computed, with their rules.
+        adapter: what goes with the weights.
+        model: whose class and configuration are written; may lie on the meta device.
+
+    Raises:
+        ModelError: a tensor is not finite.
+        OutputError: something else is there, or it cannot be written.
+    """
+    with packfile.new_directory(directory) as folder, tempfile.TemporaryDirectory(dir=folder) as aside:
+        found: dict[str, PackedLayer] = {}
+        for index, (name, layer, parts) in enumerate(layers):
+            found[name] = layer
+            save_file(parts, Path(aside) / str(index))
+        writer = WeightsWriter(folder / WEIGHTS_NAME, _stored_shapes(found, kept))
+        try:
+            for name, (dtype, _) in kept.items():
+                writer.write(name, _as_stored(name, read(name), dtype))
+            for index, name in enumerate(found):
+                for part, stored in load_file(Path(aside) / str(index)).items():
+                    writer.write(f"{name}.weight.{part}", stored)
+                (Path(aside) / str(index)).unlink()  # a large model need not lie on the disk twice
+        except BaseException:
+            writer.close(complete=False)
+            raise
+        writer.close()
+        weights = WeightsFile(folder / WEIGHTS_NAME)
+        manifest = Manifest(found, computed, weights.digest(), packfile.usmlite_version())
+        adapter.save_processor(folder)
+        _write_config(model, manifest, folder / CONFIG_NAME)
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in kept.items()}
+    return Packed(Path(directory), weights.size, manifest.digest, found, sizes, computed)
+
+
+def packed_layer(
+    name: str, layer: CompressedLayer, *, coded: bool
+) -> tuple[str, PackedLayer, dict[str, Tensor]]:
+    """One of the layers that `write_packed` takes: see `pack_layer`."""
+    return (name, *_stored(name, layer, coded=coded))
 
 
 def _stored(name: str, layer: CompressedLayer, *, coded: bool) -> tuple[PackedLayer, dict[str, Tensor]]:
@@ -113,6 +162,25 @@ def _stored(name: str, layer: CompressedLayer, *, coded: bool) -> tuple[PackedLa
         return packed, parts
     stored = spec.stored_columns(matrix_shape(shape)[1])
     return packed.encoded(parts, kernels.unpack_codes(parts["codes"], spec.quant.bits, stored))
+
+
+def sample_coding(spec: LayerSpec, options: StudentOptions, *, rows: int = 128, columns: int = 1024) -> float:
+    """About what share of its fixed-width bytes a weight takes with entropy coding.
+
+    Measured on normally distributed weights, which those of trained networks resemble.
+    """
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    layer = CompressedLinear.wrap(
+        _linear(nn.Parameter(weight, requires_grad=False)), WeightCompression(weight, spec, options)
+    )
+    _, parts = _stored("sample", layer, coded=True)
+    return sum(part.nbytes for part in parts.values()) / spec.bytes(rows, columns)
+
+
+def _linear(weight: nn.Parameter) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = weight
+    return layer
 
 
 def pack_layer(name: str, layer: CompressedLayer) -> dict[str, Tensor]:
@@ -190,15 +258,17 @@ def _uncompressed(student: nn.Module, covered: dict[str, CompressedLayer]) -> di
     }
 
 
-def _stored_dtype(tensor: Tensor) -> torch.dtype:
-    """Parameters as float16. Buffers are few, and float16 would lose variances and frequencies."""
+def stored_dtype(tensor: Tensor) -> torch.dtype:
+    """How a tensor that is not compressed is stored: parameters as float16.
+
+    Buffers are few, and float16 would lose variances and frequencies.
+    """
     if not tensor.is_floating_point():
         return tensor.dtype
     return torch.float16 if isinstance(tensor, nn.Parameter) else torch.float32
 
 
-def _as_stored(name: str, tensor: Tensor) -> Tensor:
-    dtype = _stored_dtype(tensor)
+def _as_stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
     out = torch.empty(tensor.numel(), dtype=dtype)
@@ -215,9 +285,9 @@ def _as_stored(name: str, tensor: Tensor) -> Tensor:
 
 
 def _stored_shapes(
-    layers: dict[str, PackedLayer], kept: dict[str, Tensor]
+    layers: Mapping[str, PackedLayer], kept: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    out = {name: (_stored_dtype(tensor), tuple(tensor.shape)) for name, tensor in kept.items()}
+    out = dict(kept)
     for name, layer in layers.items():
         for part, described in layer.parts().items():
             out[f"{name}.weight.{part}"] = described

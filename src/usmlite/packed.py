@@ -25,7 +25,7 @@ from usmlite.errors import ModelError, OutputError, PackedModelError
 from usmlite.models import Adapter, adapter_class, read_configuration, skeleton
 from usmlite.packfile import CONFIG_NAME, WEIGHTS_NAME, Manifest, WeightsFile
 
-Hold = Literal["float32", "int8", "packed"]
+Hold = Literal["float32", "int8", "packed", "mapped"]
 HOLDS: tuple[Hold, ...] = get_args(Hold)
 
 _LAYERS = ("encoder_layers", "decoder_layers", "num_hidden_layers")
@@ -211,7 +211,9 @@ def load_packed(
     Args:
         directory: what `pack` wrote.
         hold: how the weights are kept in memory: "float32" expands them once; "int8" keeps one byte per
-            weight, "packed" the bytes of the file, and both multiply by these with the native library.
+            weight, "packed" the bytes of the file, and both multiply by these with the native library;
+            "mapped" is "packed" that stays in the file, which must not change while the model is in use
+            (what is entropy-coded, and small tensors, are in memory all the same).
             Without it they are multiplied by the scale, or unpacked, in every call, and "float32" is the
             fastest.
         activations: what the native library multiplies weights of "int8" and "packed" with: "int8" rounds
@@ -357,6 +359,8 @@ def _fill(
         weight = weights.weight(module, layer, read)
         if hold == "float32":
             return packfile.to_weight(kernels.unpack(weight), layer.shape)
+        if hold == "mapped":
+            return StoredWeight(weight, layer.shape, activations)
         form = _copied(weight) if hold == "packed" else kernels.expand(weight)
         return StoredWeight(form, layer.shape, activations)
 

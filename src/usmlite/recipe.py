@@ -47,6 +47,11 @@ class ModelRecipe:
     """[model]: where to start."""
 
     source: str = _key("tiny.en", "a name (tiny.en, base), a model directory, or a hub id", flag="model")
+    streamed: bool = _key(
+        False,
+        "read, round and write the weights of a directory one by one, so that a model of any size needs "
+        "little memory; without fine-tuning and speech (--no-finetune --start magnitude)",
+    )
 
 
 @dataclass(frozen=True)
@@ -300,6 +305,11 @@ class TrainingRecipe:
         "auto",
         "auto (bf16 autocast where the device is fast at it), bf16 or float32",
         choices=("auto", "bf16", "float32"),
+    )
+    recompute: bool = _key(
+        False,
+        "compute each layer's activations again in the backward pass instead of keeping them: less memory, "
+        "about a quarter more time",
     )
     seed: int = _key(0, "seed of everything random")
     eval_every: int = _key(200, "steps between WER measurements on a part of dev")

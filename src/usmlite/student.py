@@ -428,6 +428,8 @@ def _select(values: Tensor | None, rows: Tensor | None) -> Tensor | None:
 
 
 def _computing_dtype(weight: Tensor) -> torch.dtype:
+    if weight.is_meta:  # for which torch has no autocast
+        return weight.dtype
     if torch.is_autocast_enabled(weight.device.type):
         return torch.get_autocast_dtype(weight.device.type)
     return weight.dtype
@@ -534,7 +536,12 @@ class CompressedPositions(nn.Embedding):
 CompressedLayer = CompressedLinear | CompressedConv1d | CompressedEmbedding | CompressedPositions
 
 
-def _wrap(layer: nn.Module, kind: str, compression: WeightCompression) -> nn.Module:
+def wrap(layer: nn.Module, kind: str, compression: WeightCompression) -> CompressedLayer:
+    """The compressed layer in the place of a dense one.
+
+    Raises:
+        ModelError: the layer is not of this kind.
+    """
     if kind == "linear" and isinstance(layer, nn.Linear):
         return CompressedLinear.wrap(layer, compression)
     if kind in ("conv1d", "linear") and isinstance(layer, nn.Conv1d):
@@ -603,7 +610,7 @@ def make_student(
             octaves=(octaves or {}).get(f"{name}.weight"),
         )
         tied[id(weight)] = compression
-        student.set_submodule(name, _wrap(layer, kind, compression))
+        student.set_submodule(name, wrap(layer, kind, compression))
     # A layer that shares a compressed weight (the tied output projection) must compute with it too.
     for name, layer in list(student.named_modules()):
         shared = tied.get(id(getattr(layer, "weight", None)))

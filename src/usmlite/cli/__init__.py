@@ -19,6 +19,7 @@ from usmlite.cli import (
     evaluate,
     export,
     info,
+    plan,
     push,
     report,
     serve,
@@ -30,7 +31,9 @@ from usmlite.cli.console import complain
 from usmlite.errors import UsmliteError
 
 # As --help lists them.
-COMMANDS = (compress, sweep, report, evaluate, transcribe, serve, info, push, export, demo, completion)
+COMMANDS = (
+    compress, sweep, report, evaluate, transcribe, serve, info, plan, push, export, demo, completion
+)  # fmt: skip
 INTERRUPTED = 130  # as shells report a program ended by Ctrl-C
 BROKEN_PIPE = 141  # and by SIGPIPE
 
@@ -40,6 +43,7 @@ at once, with the small model that comes along:
 
 the usual way through:
   usmlite info tiny.en --bits 4 --sparsity 2:4       what it would take, before anything is trained
+  usmlite plan tiny.en --measure                     what training would take: memory, time
   usmlite compress tiny.en --data speech/ --out small/
   usmlite evaluate small/packed --data test.jsonl --against tiny.en
   usmlite transcribe small/packed interview.wav --format srt

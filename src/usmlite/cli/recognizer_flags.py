@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from usmlite.models import Options
     from usmlite.runtime import Recognizer
 
-HOLDS = ("float32", "int8", "packed")
+HOLDS = ("float32", "int8", "packed", "mapped")
 
 ACTIVATIONS = ("int8", "float32")
 _BEAMS = 5  # as openai/whisper's command line; docs/transcription.md says what they do

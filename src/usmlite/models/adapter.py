@@ -141,6 +141,27 @@ class Adapter(ABC):
             ModelError: one is missing or damaged, or does not fit the configuration.
         """
 
+    @classmethod
+    def of_weights(cls, config: PretrainedConfig) -> Adapter:
+        """An adapter without tokenizer and feature extractor, for the questions about weights alone."""
+        adapter = cls.__new__(cls)
+        adapter.config = config
+        return adapter
+
+    def outline(self, rows: int) -> dict[str, Tensor]:
+        """A batch of full windows by its shapes, for plans: what `hear` and `teach` give, on the meta device.
+
+        Args:
+            rows: how many windows.
+
+        Raises:
+            ModelError: the family does not say.
+        """
+        raise ModelError(
+            "the family does not say how its batches look", where=self.family,
+            remedy="Add `outline` to its adapter: docs/adding-a-model.md.",
+        )  # fmt: skip
+
     @abstractmethod
     def save_processor(self, directory: Path) -> None:
         """Writes what `from_directory` reads into a directory that exists."""

@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 from transformers import AutoFeatureExtractor, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
-from usmlite.audio import MIN_SECONDS, SAMPLE_RATE
+from usmlite.audio import MIN_SECONDS, SAMPLE_RATE, WINDOW_SECONDS
 from usmlite.errors import AudioError, ModelError
 from usmlite.models.adapter import (
     WITHOUT_TIMES,
@@ -53,6 +53,8 @@ from usmlite.network import IGNORED, FrameNetwork, labels_needed
 _SAME_AS = {"’": "'", "‘": "'", "ʼ": "'", "`": "'", "–": "-", "—": "-"}  # noqa: RUF001
 # A linear layer of fewer outputs is a gate: a few hundred weights that decide for thousands.
 _LEAST_OUTPUTS = 16
+# Of 30 s of speech, in letters; about.
+_LABELS_A_WINDOW = 400
 # How many times the parameters in the files a configuration may claim before anything is made for it.
 _MOST_CLAIMED = 2
 
@@ -134,10 +136,37 @@ class CTCAdapter(Adapter):
                 found=f"labels up to {highest}, the blank {tokenizer.pad_token_id}",
                 remedy=remedy,
             )
-        self.blank = int(sizes.pad_token_id)
+        self._set_network()
+
+    def _set_network(self) -> None:
+        self.blank = int(cast(Any, self.config).pad_token_id)
         self.main_input = str(self.model_class().main_input_name)
         self.channel_axis = None if self.main_input == "input_values" else 2
         self.network = FrameNetwork(self.layout.encoder, self.layout.head, self.blank, self.frames)
+
+    @classmethod
+    def of_weights(cls, config: PretrainedConfig) -> CTCAdapter:
+        """See `Adapter.of_weights`."""
+        adapter = cast(CTCAdapter, super().of_weights(config))
+        adapter._set_network()
+        return adapter
+
+    def outline(self, rows: int) -> dict[str, Tensor]:
+        """See `Adapter.outline`. Labels and lengths are numbers, on the CPU."""
+        sizes = cast(Any, getattr(self.config, "encoder_config", self.config))
+        samples = round(WINDOW_SECONDS * SAMPLE_RATE)
+        length, shape = samples, (rows, samples)
+        if self.main_input != "input_values":
+            bins = getattr(sizes, "num_mel_bins", None) or sizes.feature_projection_input_dim
+            # Frames of 10 ms; wav2vec2-BERT has two of them in each.
+            length = samples // 160 // (1 if hasattr(sizes, "num_mel_bins") else 2)
+            shape = (rows, length, bins)
+        # No two that follow each other are the same, so that they fit the fewest frames.
+        labels = (torch.arange(_LABELS_A_WINDOW) % 2 + 1).repeat(rows, 1)
+        batch = {self.main_input: torch.empty(shape, device="meta"), "labels": labels}
+        if self.main_input != "input_values":
+            batch["attention_mask"] = torch.empty(rows, length, dtype=torch.int64, device="meta")
+        return {**batch, "lengths": torch.full((rows,), length)}
 
     @classmethod
     def of(cls, layout: CTCLayout) -> type[CTCAdapter]:

@@ -39,6 +39,7 @@ _SINUSOID_TOLERANCE = 2**-11
 ENCODER_POSITIONS = "model.encoder.embed_positions.weight"
 # Chosen on LibriSpeech's dev set among 0, 1/4 and 1/2 octaves a doubling (docs/decisions/0009).
 _FREQUENT_TOKENS, _OCTAVES_PER_DOUBLING, _MOST_OCTAVES = 1000, 0.5, 2.0
+_TOKENS_A_WINDOW = 100  # of 30 s of speech, the prompt with it; about
 _ENGLISH_VOCABULARY = 51_864  # one token fewer than the smallest multilingual vocabulary
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -149,6 +150,13 @@ class WhisperAdapter(WhisperDecoding):
         """Decoder inputs and labels, see `targets`."""
         ids, labels = self.targets(windows, timestamps=timestamps, language=language)
         return {"decoder_input_ids": ids, "labels": labels}
+
+    def outline(self, rows: int) -> dict[str, Tensor]:
+        """See `Adapter.outline`."""
+        frames = 2 * self.config.max_source_positions
+        tokens = torch.empty(rows, _TOKENS_A_WINDOW, dtype=torch.int64, device="meta")
+        heard = torch.empty(rows, self.config.num_mel_bins, frames, device="meta")
+        return {"input_features": heard, "decoder_input_ids": tokens, "labels": tokens.clone()}
 
     def written(self, text: str) -> str:
         """A sentence: Whisper was not trained to shout as corpora in capitals do."""
@@ -310,9 +318,12 @@ class WhisperAdapter(WhisperDecoding):
     def computed(self, model: nn.Module) -> set[str]:
         """Names of the weights that `compute` makes, so that no file need store them.
 
-        The encoder's positions, where they are the sinusoids they should be.
+        The encoder's positions, where they are the sinusoids they should be. Without values (on the meta
+        device) they are taken to be.
         """
         found = model.get_parameter(ENCODER_POSITIONS)
+        if found.is_meta:
+            return {ENCODER_POSITIONS}
         same = torch.equal(found.detach().cpu(), self.compute(ENCODER_POSITIONS))
         return {ENCODER_POSITIONS} if same else set()
 
