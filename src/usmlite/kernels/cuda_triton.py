@@ -64,7 +64,8 @@ def _launch(
     columns = x.shape[1]
     kernel[(triton.cdiv(rows, _BLOCK_ROWS),)](
         x, codes, scale, zero, out, count, rows, columns, row_codes, scale.shape[1], group or columns, offset,
-        BLOCK_X=max(_LEAST_BLOCK, triton.next_power_of_2(count)), BLOCK_R=_BLOCK_ROWS, BLOCK_K=_BLOCK_COLUMNS, **choices,
+        BLOCK_X=max(_LEAST_BLOCK, triton.next_power_of_2(count)), BLOCK_R=_BLOCK_ROWS,
+        BLOCK_K=_BLOCK_COLUMNS, **choices,
     )  # fmt: skip
 
 
