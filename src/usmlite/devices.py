@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from usmlite.errors import RecipeError
 from usmlite.recipe import nearest, read_tables
@@ -125,7 +125,7 @@ def _from_table(table: object, where: str) -> Device:
         value = float(value) if kind is float and isinstance(value, int) else value
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise RecipeError("wrong type", where=f"{where}.{key}", expected=kind.__name__, found=repr(value))
-        if kind in (int, float) and not value > 0:
+        if kind in (int, float) and not cast(float, value) > 0:
             raise RecipeError("out of range", where=f"{where}.{key}", expected="above 0", found=value)
         values[key] = value
     base = KNOWN.get(values.get("name", ""))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ def trace(step: Callable[[], Any], held: Iterable[Tensor], *, half: bool = False
     held = list(held)
     counter = _Counter(held)
     handles = [
-        tensor.register_post_accumulate_grad_hook(lambda p: counter.is_gradient(p.grad))
+        cast(Any, tensor).register_post_accumulate_grad_hook(lambda p: counter.is_gradient(p.grad))
         for tensor in held
         if tensor.requires_grad
     ]
@@ -110,9 +110,9 @@ def _to_half(value: Any) -> Any:
     return value.to(torch.bfloat16) if wide else value
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, held: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found = Footprint()
         self._other = self._gradients = 0
         # Views of what is held have its storage.

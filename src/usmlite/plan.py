@@ -219,7 +219,7 @@ def read_outline(source: str | Path) -> Outline:
         if not path.exists() and str(source).count("/") == 1:
             return _from_hub(str(source))
     teacher = load_teacher(source)
-    found = cast(PretrainedConfig, teacher.model.config)
+    found = teacher.model.config
     return Outline(str(source), found, type(teacher.adapter).of_weights(found))
 
 

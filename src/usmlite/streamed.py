@@ -157,7 +157,8 @@ class DenseFiles:
         lengths, directions = parts
         # The axis that keeps its size is the one that has a length each.
         axes = [axis for axis, size in enumerate(lengths.shape) if size == 1]
-        return lengths * directions / directions.norm(dim=axes, keepdim=True)
+        norms: Tensor = torch.linalg.vector_norm(directions, dim=axes, keepdim=True)
+        return lengths * directions / norms
 
 
 @torch.no_grad()

@@ -155,7 +155,8 @@ class CTCAdapter(Adapter):
         """See `Adapter.outline`. Labels and lengths are numbers, on the CPU."""
         sizes = cast(Any, getattr(self.config, "encoder_config", self.config))
         samples = round(WINDOW_SECONDS * SAMPLE_RATE)
-        length, shape = samples, (rows, samples)
+        length = samples
+        shape: tuple[int, ...] = (rows, samples)
         if self.main_input != "input_values":
             bins = getattr(sizes, "num_mel_bins", None) or sizes.feature_projection_input_dim
             # Frames of 10 ms; wav2vec2-BERT has two of them in each.
