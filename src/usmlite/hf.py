@@ -1,9 +1,9 @@
 """Tells Transformers about what is ours: packed models, and Whisper's encoder with a CTC head.
 
 `AutoModelForSpeechSeq2Seq.from_pretrained(directory)` then loads packed models, and `AutoModelForCTC` what
-`usmlite ctc` makes. Transformers looks such things up by name in registries that it fills when the modules they
-are in are imported. `install` enters ours there: at once where such a module is loaded, else in the moment it
-is. So `import usmlite` costs nothing, and the order of the two imports does not matter.
+`usmlite ctc` makes. Transformers looks such things up by name in registries, which it fills when the modules
+that they are in are imported. `install` enters ours there: at once where such a module is loaded, else in the
+moment it is. So `import usmlite` costs nothing, and the order of the two imports does not matter.
 """
 
 from __future__ import annotations

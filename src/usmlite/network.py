@@ -30,6 +30,8 @@ class Network:
     """Keys of a batch that are not for the network."""
     intermediate: tuple[str, ...] = ()
     """Modules whose outputs are logits too, which `text_loss` takes as `between`."""
+    heads: tuple[str, ...] = ()
+    """Modules that turn states into logits and belong to the labels, not to the speech."""
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """What of a batch is for the network."""
@@ -103,7 +105,7 @@ class FrameNetwork(Network):
         blank: the label of frames that say nothing.
         frames: lengths of inputs to numbers of frames, int64 `[batch]` to int64 `[batch]`.
         time_axis: of the main input.
-        intermediate: modules between the layers that give logits `[batch, frames, vocabulary]` as well.
+        intermediate: modules within the encoder that give logits `[batch, frames, vocabulary]` as well.
         frames_together: how many of their frames are one of the output.
     """
 
@@ -122,6 +124,7 @@ class FrameNetwork(Network):
     ) -> None:
         self._encoder, self._head, self.blank, self.frames = encoder, head, blank, frames
         self._time_axis, self.intermediate, self._together = time_axis, intermediate, frames_together
+        self.heads = (head, *(name.rpartition(".")[0] for name in intermediate))
 
     def encoder(self, model: nn.Module) -> nn.Module:
         """The part that `states` runs."""

@@ -36,7 +36,7 @@ def characters(texts: Iterable[str]) -> Wav2Vec2CTCTokenizer:
     """
     found = sorted({character for text in texts for character in plain(text)} - {" "})
     _check(found)
-    labels = {token: number for number, token in enumerate((BLANK, SPACE, *found))}
+    labels = {token: number for number, token in enumerate((BLANK, SPACE, *found, UNKNOWN))}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vocab.json"
         path.write_text(json.dumps(labels), encoding="utf-8")
@@ -72,7 +72,10 @@ def pieces(texts: Sequence[str], size: int) -> ParakeetTokenizer:
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[BLANK, UNKNOWN], show_progress=False, initial_alphabet=["▁", *letters]
+        vocab_size=size,
+        special_tokens=[BLANK, UNKNOWN],
+        show_progress=False,
+        initial_alphabet=["▁", *letters],
     )
     backend.train_from_iterator(lines, trainer)
     return ParakeetTokenizer(tokenizer_object=backend, pad_token=BLANK, unk_token=UNKNOWN)

@@ -46,7 +46,9 @@ class WhisperCTCEncoder(nn.Module):
         self.config = config
         self.conv1 = nn.Conv1d(config.num_mel_bins, config.d_model, kernel_size=3, padding=1)
         self.conv2 = nn.Conv1d(config.d_model, config.d_model, kernel_size=3, stride=_STRIDE, padding=1)
-        self.layers = nn.ModuleList(WhisperEncoderLayer(cast(Any, config)) for _ in range(config.encoder_layers))
+        self.layers = nn.ModuleList(
+            WhisperEncoderLayer(cast(Any, config)) for _ in range(config.encoder_layers)
+        )
         self.conditioning = nn.ModuleDict(
             {str(layer): SelfConditioning(config) for layer in sorted(set(config.intermediate_layers))}
         )
@@ -120,7 +122,9 @@ class WhisperCTCEncoder(nn.Module):
             own = torch.eye(frames, dtype=torch.bool, device=states.device)
             may = (may & heard[:, None, :]) | own
         lowest = torch.finfo(states.dtype).min
-        return torch.zeros(may.shape, dtype=states.dtype, device=states.device).masked_fill(~may, lowest)[:, None]
+        return torch.zeros(may.shape, dtype=states.dtype, device=states.device).masked_fill(~may, lowest)[
+            :, None
+        ]
 
 
 class WhisperForCTC(PreTrainedModel):
@@ -211,7 +215,11 @@ class WhisperForCTC(PreTrainedModel):
         )  # fmt: skip
         model = cls(WhisperCTCConfig(**{name: getattr(theirs, name) for name in same}, **settings))
         encoder = whisper.get_encoder()
-        found = {name: value.float() for name, value in encoder.state_dict().items() if "embed_positions" not in name}
+        found = {
+            name: value.float()
+            for name, value in encoder.state_dict().items()
+            if "embed_positions" not in name
+        }
         missing = model.encoder.load_state_dict(found, strict=False)
         unexpected = [name for name in missing.missing_keys if not name.startswith("conditioning.")]
         if unexpected or missing.unexpected_keys:

@@ -43,7 +43,8 @@ class WhisperCTCAdapter(CTCAdapter):
             self.frames,
             time_axis=2,
             intermediate=tuple(
-                f"{self.layout.encoder}.conditioning.{layer}.head" for layer in sorted(self.config.intermediate_layers)
+                f"{self.layout.encoder}.conditioning.{layer}.head"
+                for layer in sorted(self.config.intermediate_layers)
             ),
             frames_together=self.config.time_reduction,
         )

@@ -26,7 +26,7 @@ class WhisperCTCConfig(PretrainedConfig):
         attention_dropout: in training, of attention weights.
         activation_dropout: in training, within feed-forward layers.
         init_range: standard deviation of new weights.
-        chunk_frames: encoder frames of a chunk; a frame sees its own chunk and `left_chunks` before it. 0: all.
+        chunk_frames: encoder frames of a chunk; a frame hears its own and `left_chunks` before it. 0: all.
         left_chunks: see `chunk_frames`.
         time_reduction: encoder frames that the head reads together: 1 gives 50 labels a second, 2 gives 25.
         intermediate_layers: numbers of the layers (from 1) after which the model is told what it would say.
@@ -77,7 +77,8 @@ class WhisperCTCConfig(PretrainedConfig):
 
     def _check(self) -> None:
         least = {
-            "vocab_size": 2, "max_source_positions": 1, "time_reduction": 1, "chunk_frames": 0, "left_chunks": 0,
+            "vocab_size": 2, "max_source_positions": 1, "time_reduction": 1, "chunk_frames": 0,
+            "left_chunks": 0,
         }  # fmt: skip
         for name, low in least.items():
             if getattr(self, name) < low:
