@@ -95,6 +95,8 @@ class WhisperCTCEncoder(nn.Module):
         states = dropout(self.layer_norm(states), self.config.dropout, self.training)
         together = self.config.time_reduction
         if together > 1:
+            if heard is not None:
+                states = states * heard[..., None].to(states.dtype)
             states = pad(states, (0, 0, 0, -frames % together))
             states = states.reshape(len(states), -1, together * states.shape[-1])
         return states
@@ -172,23 +174,28 @@ class WhisperForCTC(PreTrainedModel):
             **unused: what pipelines of Transformers pass to every model.
 
         Returns:
-            `logits`, `[batch, frames, vocab_size]`, and `loss`, mean over the batch of nats per label.
+            `logits`, `[batch, frames, vocab_size]`, of the blank after the audio, and `loss` in nats.
         """
         states = self.encoder(input_features, attention_mask).last_hidden_state
         logits = self.ctc_head(states)
+        if attention_mask is None:
+            attention_mask = input_features.new_ones(len(logits), input_features.shape[-1])
+        frames = self._get_feat_extract_output_lengths(attention_mask.sum(dim=1).long())
+        # Pipelines decode what comes after the audio too: nothing is said there.
+        after = torch.arange(logits.shape[1], device=logits.device) >= frames[:, None]
+        nothing = torch.full_like(logits[0, 0], torch.finfo(logits.dtype).min)
+        nothing[self.config.pad_token_id] = 0.0
+        logits = torch.where(after[..., None], nothing, logits)
         loss = None
         if labels is not None:
-            count = input_features.shape[-1]
-            lengths = torch.full((len(logits),), count, device=logits.device)
-            if attention_mask is not None:
-                lengths = attention_mask.sum(dim=1)
             real = labels >= 0
             loss = nn.functional.ctc_loss(
                 logits.float().log_softmax(dim=-1).transpose(0, 1),
                 labels.clamp(min=0),
-                self._get_feat_extract_output_lengths(lengths),
+                frames,
                 real.sum(dim=1),
                 blank=cast(int, self.config.pad_token_id),
+                reduction=self.config.ctc_loss_reduction,
                 zero_infinity=True,
             )
         return CausalLMOutput(loss=cast(Any, loss), logits=logits)

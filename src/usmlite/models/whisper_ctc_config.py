@@ -30,6 +30,7 @@ class WhisperCTCConfig(PretrainedConfig):
         left_chunks: see `chunk_frames`.
         time_reduction: encoder frames that the head reads together: 1 gives 50 labels a second, 2 gives 25.
         intermediate_layers: numbers of the layers (from 1) after which the model is told what it would say.
+        ctc_loss_reduction: of `forward`'s loss: "mean" over labels and batch, or "sum".
         pad_token_id: the blank.
         **settings: those of every configuration.
 
@@ -62,6 +63,7 @@ class WhisperCTCConfig(PretrainedConfig):
         left_chunks: int = 0,
         time_reduction: int = 1,
         intermediate_layers: Sequence[int] = (),
+        ctc_loss_reduction: str = "mean",
         pad_token_id: int = 0,
         **settings: Any,
     ) -> None:
@@ -72,6 +74,7 @@ class WhisperCTCConfig(PretrainedConfig):
         self.attention_dropout, self.activation_dropout = attention_dropout, activation_dropout
         self.init_range, self.chunk_frames, self.left_chunks = init_range, chunk_frames, left_chunks
         self.time_reduction, self.intermediate_layers = time_reduction, list(intermediate_layers)
+        self.ctc_loss_reduction = ctc_loss_reduction
         super().__init__(pad_token_id=pad_token_id, **settings)
         self._check()
 
