@@ -89,9 +89,7 @@ def test_with_chunks_text_does_not_wait_for_the_end_of_the_audio(tmp_path: Path)
     two[:, 16_000 + 800 :] *= 9.0  # much louder 50 ms after the second chunk's end
     with torch.no_grad():
         heard = [recognizer.adapter.hear(x, [2.0]) for x in (one, two)]
-        logits = [
-            recognizer.model(x["input_features"], x["attention_mask"]).logits[0] for x in heard
-        ]
+        logits = [recognizer.model(x["input_features"], x["attention_mask"]).logits[0] for x in heard]
     assert torch.equal(logits[0][:50], logits[1][:50])
     assert not torch.allclose(logits[0][50:], logits[1][50:])
 
@@ -144,7 +142,9 @@ def test_transformers_saves_and_loads_it(tmp_path: Path) -> None:
         assert torch.equal(again(features(99)).logits, model(features(99)).logits)
     # In a process where nobody has asked for a model yet, and for the configuration alone.
     code = f"import usmlite; from transformers import AutoConfig; print(AutoConfig.from_pretrained({str(tmp_path)!r}).model_type)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
     assert result.stdout.strip() == "whisper_ctc"
     assert type(AutoConfig.from_pretrained(tmp_path)) is WhisperCTCConfig
 
