@@ -39,7 +39,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "LasrForCTC": {"encoder_config": {**_CONFORMER, "num_mel_bins": 128}},
     "Data2VecAudioForCTC": {**_WAVES, "num_conv_pos_embeddings": 2, "conv_pos_kernel_size": 3},
     "WhisperForCTC": {
-        "d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 48, "init_range": 0.2,
+        "d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 48,
+        "init_range": 0.2,
     },
 }  # fmt: skip
 

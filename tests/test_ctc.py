@@ -61,7 +61,9 @@ def recipe(whisper: Path, speech: Path, **sections: dict[str, Any]) -> Recipe:
     ours: dict[str, dict[str, Any]] = {
         "model": {"source": str(whisper)},
         "data": {"train": str(speech), "dev": str(speech)},
-        "training": {"steps": 4, "batch_size": 2, "eval_every": 100, "precision": "float32", "checkpoint_every": 1},
+        "training": {
+            "steps": 4, "batch_size": 2, "eval_every": 100, "precision": "float32", "checkpoint_every": 1,
+        },
     }  # fmt: skip
     return build_recipe(merged(merged(DENSE_CTC, ours), sections and merged(ours, sections)))
 
@@ -113,7 +115,7 @@ def test_a_dense_model_and_then_a_small_one(
     assert packed.transcribe_batch(audio) == student.transcribe_batch(audio)
 
 
-class _Cut(Exception):
+class _CutError(Exception):
     pass
 
 
@@ -129,12 +131,12 @@ def test_a_run_that_was_cut_off_ends_like_one_that_was_not(
     def cut(*arguments: Any, tell: Callable[[Progress], None], **settings: Any) -> Any:
         def once(now: Progress) -> None:
             if now.step == 2:
-                raise _Cut
+                raise _CutError
 
         return whole(*arguments, tell=once, **settings)
 
     monkeypatch.setattr(ctc.training, "finetune", cut)
-    with pytest.raises(_Cut):
+    with pytest.raises(_CutError):
         train_ctc(plan, tmp_path / "cut")
     assert not (tmp_path / "cut/config.json").exists()
     monkeypatch.undo()
@@ -147,7 +149,9 @@ def test_a_run_that_was_cut_off_ends_like_one_that_was_not(
 def test_the_head_learns_first(whisper: Path, speech: Path, tmp_path: Path) -> None:
     plan = recipe(
         whisper, speech,
-        training={"phases": [{"until": 1.0, "learning_rate": 0.0}], "steps": 2, "average": 0.0, "warmup": 0.0},
+        training={
+            "phases": [{"until": 1.0, "learning_rate": 0.0}], "steps": 2, "average": 0.0, "warmup": 0.0,
+        },
     )  # fmt: skip
     train_ctc(plan, tmp_path / "out")
     start, end = (
@@ -158,7 +162,7 @@ def test_the_head_learns_first(whisper: Path, speech: Path, tmp_path: Path) -> N
 
 
 def test_the_teachers_own_words(whisper: Path, speech: Path, tmp_path: Path) -> None:
-    said = ["One, two.", "It’s 2!", "To ten", "See me.", "", "Nobody said that."]
+    said = ["One, two.", "It\u2019s 2!", "To ten", "See me.", "", "Nobody said that."]
     rows = [{"id": f"u{i}", "teacher": str(whisper), "text": text} for i, text in enumerate(said)]
     path = tmp_path / "transcripts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -226,7 +230,7 @@ def test_only_whispers_have_an_encoder_for_it(
 
 
 def test_vocabularies(tmp_path: Path) -> None:
-    assert plain(" It’s  A\u2013B: N° 5! ") == "it's a b n 5"
+    assert plain(" It\u2019s  A\u2013B: N° 5! ") == "it's a b n 5"
     tokenizer = characters(["It's", "a 5"])
     assert labels_of(tokenizer) == 8
     assert tokenizer.convert_ids_to_tokens(list(range(8))) == ["<pad>", "|", "'", "5", "a", "i", "s", "t"]

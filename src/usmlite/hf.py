@@ -8,11 +8,13 @@ moment it is. So `import usmlite` costs nothing, and the order of the two import
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
 
 
@@ -20,10 +22,7 @@ def install() -> None:
     """Registers what is ours, now or when Transformers loads its registries. May be called again."""
     later = False
     for name, enter in _REGISTRIES.items():
-        module = sys.modules.get(name)
-        # A registry that is still being loaded has a spec that says so.
-        loading = bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
-        if module is not None and not loading:
+        if name in sys.modules and not _loading(name):
             enter()
         else:
             later = True
@@ -51,19 +50,24 @@ def _configuration() -> None:
     AutoConfig.register(MODEL_TYPE, WhisperCTCConfig, exist_ok=True)
 
 
-def _model() -> None:
-    from transformers import AutoModelForCTC
-
-    from usmlite.models.whisper_ctc import WhisperForCTC
-    from usmlite.models.whisper_ctc_config import WhisperCTCConfig
-
-    AutoModelForCTC.register(WhisperCTCConfig, WhisperForCTC, exist_ok=True)
+def _model(loaded: str = "") -> None:
+    # These import each other: the one of them that is still being loaded calls again at its end.
+    if not any(_loading(name) for name in _BEFORE_MODEL if name != loaded):
+        importlib.import_module("usmlite.models.whisper_ctc")  # registers itself
 
 
+def _loading(name: str) -> bool:
+    """Whether a module is being loaded right now: its spec says so."""
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))
+
+
+_BEFORE_MODEL = ("transformers.modeling_layers", "transformers.models.whisper.modeling_whisper")
 _REGISTRIES: dict[str, Callable[[], None]] = {
     "transformers.quantizers.auto": _quantizer,
     "transformers.models.auto.configuration_auto": _configuration,
     "transformers.models.auto.modeling_auto": _model,
+    **{name: partial(_model, name) for name in _BEFORE_MODEL},
 }
 
 

@@ -23,7 +23,8 @@ from usmlite.models.whisper_ctc import WhisperForCTC
 from usmlite.models.whisper_ctc_config import WhisperCTCConfig
 
 SIZES: dict[str, Any] = {
-    "d_model": 32, "encoder_layers": 3, "encoder_attention_heads": 2, "encoder_ffn_dim": 48, "init_range": 0.2,
+    "d_model": 32, "encoder_layers": 3, "encoder_attention_heads": 2, "encoder_ffn_dim": 48,
+    "init_range": 0.2,
 }  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -135,15 +136,16 @@ def test_transformers_saves_and_loads_it(tmp_path: Path) -> None:
     again, report = AutoModelForCTC.from_pretrained(tmp_path, output_loading_info=True)
     assert type(again) is WhisperForCTC
     assert not any(report.values())
-    assert again.config.to_dict() == {**model.config.to_dict(), "_name_or_path": str(tmp_path)} or (
-        again.config.intermediate_layers == [2] and again.config.chunk_frames == 16
-    )
+    assert (again.config.intermediate_layers, again.config.chunk_frames) == ([2], 16)
     with torch.no_grad():
         assert torch.equal(again(features(99)).logits, model(features(99)).logits)
     # In a process where nobody has asked for a model yet, and for the configuration alone.
-    code = f"import usmlite; from transformers import AutoConfig; print(AutoConfig.from_pretrained({str(tmp_path)!r}).model_type)"
+    code = (
+        "import sys, usmlite; from transformers import AutoConfig\n"
+        "print(AutoConfig.from_pretrained(sys.argv[1]).model_type)"
+    )
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, timeout=120
     )
     assert result.stdout.strip() == "whisper_ctc"
     assert type(AutoConfig.from_pretrained(tmp_path)) is WhisperCTCConfig

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, gelu, pad
-from transformers import PreTrainedModel
+from transformers import AutoModelForCTC, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer, sinusoids
 
@@ -244,3 +244,6 @@ def _table(length: int, width: int, device: torch.device, dtype: torch.dtype) ->
 def _positions(length: int, states: Tensor) -> Tensor:
     """Whisper's sinusoids, `[length, d]`, of the device and dtype of the states."""
     return _table(length, states.shape[-1], states.device, states.dtype)
+
+
+AutoModelForCTC.register(WhisperCTCConfig, WhisperForCTC, exist_ok=True)
