@@ -56,7 +56,7 @@ def test_the_section_of_a_dense_model() -> None:
     flags = [key.flag for key in keys(("model", "data", "ctc", "training"))]
     assert len(set(flags)) == len(flags)
     assert build_recipe({"ctc": {"intermediate": "2, 3"}}).ctc.layers() == (2, 3)  # type: ignore[union-attr]
-    with pytest.raises(RecipeError, match="ctc.intermediate"):
+    with pytest.raises(RecipeError, match=r"ctc\.intermediate"):
         build_recipe({"ctc": {"intermediate": "two"}})
 
 
