@@ -50,7 +50,7 @@ from usmlite.models.alignment import (
 )
 from usmlite.models.ctc_search import search, searches, written_labels
 from usmlite.models.options import Options
-from usmlite.network import IGNORED, FrameNetwork, labels_needed
+from usmlite.network import IGNORED, Batch, FrameNetwork, labels_needed
 
 _SAME_AS = {"’": "'", "‘": "'", "ʼ": "'", "`": "'", "–": "-", "—": "-"}  # noqa: RUF001
 # A linear layer of fewer outputs is a gate: a few hundred weights that decide for thousands.
@@ -348,12 +348,16 @@ class CTCAdapter(Adapter):
         dtype = next(model.parameters()).dtype
         batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
         with torch.inference_mode():
-            logits = self.network.logits(model, batch, self.network.states(model, batch))
+            logits = self.network.logits(model, batch, self.states(model, batch))
             rows = torch.split(logits.float().log_softmax(dim=-1), self.frames(batch["lengths"]).tolist())
         return [
             self._placed(row, len(samples) / SAMPLE_RATE, options)
             for samples, row in zip(audio, rows, strict=True)
         ]
+
+    def states(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The encoder's output, `[batch, frames, d]`, as fast as can be; see `FrameNetwork.states`."""
+        return self.network.states(model, batch)
 
     def _placed(self, row: Tensor, seconds: float, options: Options) -> Decoded:
         """What is said in frames whose log probabilities are `[frames, labels]`."""

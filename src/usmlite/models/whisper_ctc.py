@@ -83,7 +83,7 @@ class WhisperCTCEncoder(nn.Module):
             states = states * mask[:, None].to(states.dtype)
         states = gelu(self.conv2(states)).transpose(1, 2)
         frames = states.shape[1]
-        states = states + _positions(self.config.max_source_positions, states)[:frames]
+        states = states + positions(self.config.max_source_positions, states)[:frames]
         states = dropout(states, self.config.dropout, self.training)
         heard = None if mask is None else mask[:, ::_STRIDE]
         allowed = self.allowed(frames, heard, states)
@@ -93,13 +93,17 @@ class WhisperCTCEncoder(nn.Module):
             if str(number) in self.conditioning:
                 states = self.conditioning[str(number)](states)
         states = dropout(self.layer_norm(states), self.config.dropout, self.training)
+        if heard is not None and self.config.time_reduction > 1:
+            states = states * heard[..., None].to(states.dtype)
+        return self.stacked(states)
+
+    def stacked(self, states: Tensor) -> Tensor:
+        """`[batch, frames, d]` to what the head reads, `[batch, fewer frames, d * time_reduction]`."""
         together = self.config.time_reduction
-        if together > 1:
-            if heard is not None:
-                states = states * heard[..., None].to(states.dtype)
-            states = pad(states, (0, 0, 0, -frames % together))
-            states = states.reshape(len(states), -1, together * states.shape[-1])
-        return states
+        if together == 1:
+            return states
+        states = pad(states, (0, 0, 0, -states.shape[1] % together))
+        return states.reshape(len(states), -1, together * states.shape[-1])
 
     def allowed(self, frames: int, heard: Tensor | None, states: Tensor) -> Tensor | None:
         """What is added to attention scores: 0 where a frame may look, -inf where it may not.
@@ -241,7 +245,7 @@ def _table(length: int, width: int, device: torch.device, dtype: torch.dtype) ->
         return sinusoids(length, width).to(device=device, dtype=dtype)
 
 
-def _positions(length: int, states: Tensor) -> Tensor:
+def positions(length: int, states: Tensor) -> Tensor:
     """Whisper's sinusoids, `[length, d]`, of the device and dtype of the states."""
     return _table(length, states.shape[-1], states.device, states.dtype)
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from usmlite.audio import log_mel
 from usmlite.models.ctc import CTCAdapter, CTCLayout
-from usmlite.models.whisper_ctc import WhisperForCTC
+from usmlite.models.engine import native_states
+from usmlite.models.whisper_ctc import WhisperCTCEncoder, WhisperForCTC, positions
 from usmlite.models.whisper_ctc_config import WhisperCTCConfig
-from usmlite.network import FrameNetwork
+from usmlite.network import Batch, FrameNetwork
 
 
 class WhisperCTCAdapter(CTCAdapter):
@@ -53,6 +54,26 @@ class WhisperCTCAdapter(CTCAdapter):
     def model_class(cls) -> type[PreTrainedModel]:
         """Ours: Transformers has no such class."""
         return WhisperForCTC
+
+    def states(self, model: nn.Module, batch: Batch) -> Tensor:
+        """See `CTCAdapter.states`: of packed models in the native library, one recording after the other.
+
+        It knows no chunks and no intermediate heads; with these the layers run one by one.
+        """
+        config, features = self.config, batch[self.main_input]
+        encoder = cast(WhisperCTCEncoder, model.get_submodule(self.layout.encoder))
+        longest = 2 * config.max_source_positions
+        if config.chunk_frames or config.intermediate_layers or features.shape[2] > longest:
+            return super().states(model, batch)
+        rows = []
+        for row, length in zip(features, batch["lengths"].tolist(), strict=True):
+            alone = row[None, :, :length]
+            table = positions(config.max_source_positions, features.new_empty(0, config.d_model))
+            found = native_states(model, encoder, alone, table)
+            if found is None:
+                return super().states(model, batch)
+            rows.append(encoder.stacked(found)[0])
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def _extract(self, audio: Sequence[np.ndarray]) -> dict[str, Tensor]:
         causal = self.config.chunk_frames > 0
