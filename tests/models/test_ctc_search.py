@@ -15,7 +15,7 @@ from torch import Tensor
 from small_ctc import save_model
 from usmlite.errors import ModelError
 from usmlite.load import load
-from usmlite.models import CTCAdapter, Options, load_teacher
+from usmlite.models import CTCAdapter, Options, ctc_search, load_teacher
 from usmlite.models.alignment import align, collapse
 from usmlite.models.ctc_search import written_labels
 
@@ -99,6 +99,7 @@ def test_words_that_were_searched_for_have_times_and_probabilities(adapter: CTCA
 def test_a_search_without_its_package_says_what_to_install(
     adapter: CTCAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    ctc_search._decoder.cache_clear()
     for name in ("ctc_beam_decoder", "pyctcdecode"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ModelError, match=r"usmlite\[lm\]"):
