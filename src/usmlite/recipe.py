@@ -674,7 +674,10 @@ def merged(values: Mapping[str, Any], overrides: Mapping[str, Mapping[str, Any]]
     out = dict(values)
     for section, table in overrides.items():
         base = out.get(section, {})
-        out[section] = {**(base if isinstance(base, Mapping) else {}), **table}
+        if isinstance(table, Mapping):
+            out[section] = {**(base if isinstance(base, Mapping) else {}), **table}
+        else:
+            out[section] = table  # a mistake that whoever checks them names
     return out
 
 
