@@ -33,7 +33,20 @@ README = PAGES["README.md"]
 WITH_THE_SHIPPED_MODEL = "usmlite transcribe interview.wav"
 # These finish in seconds with the small models of the tests; the others are parsed.
 PEERS = {"faster-whisper", "pywhispercpp"}  # what benchmarks compare with, for which there is no extra
-ARPA = "\\data\\\nngram 1=3\n\n\\1-grams:\n-2\t<unk>\t0\n-2\t<s>\t0\n-1\t</s>\t0\n\n\\end\\\n"
+ARPA = """\\data\\
+ngram 1=3
+ngram 2=1
+
+\\1-grams:
+-2\t<unk>\t0
+-2\t<s>\t0
+-1\t</s>\t0
+
+\\2-grams:
+-1\t<s> </s>
+
+\\end\\
+"""
 QUICK = ("evaluate", "transcribe", "info", "export")
 
 
