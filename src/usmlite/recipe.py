@@ -432,7 +432,7 @@ def keys(sections: Sequence[str] = COMPRESSION) -> Iterator[Key]:
 def _section_class(name: str) -> type:
     hint = typing.get_type_hints(Recipe)[name]
     members = typing.get_args(hint) or (hint,)
-    return next(member for member in members if member is not type(None))
+    return typing.cast(type, next(member for member in members if member is not type(None)))
 
 
 def _fields(section: str) -> Iterator[tuple[dataclasses.Field[Any], type, bool]]:
@@ -669,7 +669,7 @@ def read_tables(path: str | Path) -> dict[str, Any]:
         raise RecipeError("not a TOML file", where=path, found=str(error)) from None
 
 
-def merged(values: Mapping[str, Any], overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def merged(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Nested tables with others on top, key by key."""
     out = dict(values)
     for section, table in overrides.items():
