@@ -99,7 +99,7 @@ def train_ctc(recipe: Recipe, output: Path, *, console: Console | None = None) -
     if not processes.is_main_process:
         return {}
     load_student(run / "best", student)
-    save_dense(Teacher(students.dense_equivalent(student, dense.model), adapter, "", 0), output)
+    save_dense(Teacher(cast(Any, students.dense_equivalent(student, dense.model)), adapter, "", 0), output)
     return _report(recipe, output, outcome, speech, started, console)
 
 

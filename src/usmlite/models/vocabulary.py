@@ -41,11 +41,11 @@ def characters(texts: Iterable[str]) -> Wav2Vec2CTCTokenizer:
         path = Path(folder) / "vocab.json"
         path.write_text(json.dumps(labels), encoding="utf-8")
         # Marks for the beginning and the end would only be labels that no text gets.
-        tokenizer = Wav2Vec2CTCTokenizer(
+        tokenizer = cast(Any, Wav2Vec2CTCTokenizer)(
             str(path), bos_token=cast(Any, None), eos_token=cast(Any, None), pad_token=BLANK,
             unk_token=UNKNOWN, word_delimiter_token=SPACE,
         )  # fmt: skip
-    return tokenizer
+    return cast(Wav2Vec2CTCTokenizer, tokenizer)
 
 
 def pieces(texts: Sequence[str], size: int) -> ParakeetTokenizer:
@@ -78,7 +78,8 @@ def pieces(texts: Sequence[str], size: int) -> ParakeetTokenizer:
         initial_alphabet=["▁", *letters],
     )
     backend.train_from_iterator(lines, trainer)
-    return ParakeetTokenizer(tokenizer_object=backend, pad_token=BLANK, unk_token=UNKNOWN)
+    made = cast(Any, ParakeetTokenizer)(tokenizer_object=backend, pad_token=BLANK, unk_token=UNKNOWN)
+    return cast(ParakeetTokenizer, made)
 
 
 def labels_of(tokenizer: Any) -> int:
@@ -86,7 +87,7 @@ def labels_of(tokenizer: Any) -> int:
     unused = set(tokenizer.all_special_ids) - {tokenizer.pad_token_id}
     space = getattr(tokenizer, "word_delimiter_token_id", None)
     used = [n for n in tokenizer.get_vocab().values() if n not in unused or n == space]
-    return max(used) + 1
+    return int(max(used)) + 1
 
 
 def _check(letters: Sequence[str]) -> None:

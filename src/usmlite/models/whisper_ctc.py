@@ -35,7 +35,7 @@ class SelfConditioning(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """`[batch, frames, d]` to the same; the logits are what `head` gives, one for each frame."""
         posterior = self.head(self.norm(states)).float().softmax(dim=-1)
-        return states + self.back(posterior.to(states.dtype))
+        return cast(Tensor, states + self.back(posterior.to(states.dtype)))
 
 
 class WhisperCTCEncoder(nn.Module):
@@ -133,7 +133,7 @@ class WhisperCTCEncoder(nn.Module):
         ]
 
 
-class WhisperForCTC(PreTrainedModel):
+class WhisperForCTC(PreTrainedModel):  # type: ignore[no-untyped-call, unused-ignore]
     """The encoder and a linear layer that gives every frame a distribution over labels and the blank."""
 
     config_class = WhisperCTCConfig
@@ -146,7 +146,7 @@ class WhisperForCTC(PreTrainedModel):
         super().__init__(config)
         self.encoder = WhisperCTCEncoder(config)
         self.ctc_head = nn.Linear(config.d_model * config.time_reduction, config.vocab_size)
-        self.post_init()
+        cast(Any, self).post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Conv1d):
@@ -160,7 +160,7 @@ class WhisperForCTC(PreTrainedModel):
     def _get_feat_extract_output_lengths(self, lengths: Tensor) -> Tensor:
         """Log-mel frames, int64 `[batch]`, to frames of the output."""
         frames = -(-lengths // _STRIDE)
-        return -(-frames // self.config.time_reduction)
+        return cast(Tensor, -(-frames // self.config.time_reduction))
 
     def forward(
         self,
@@ -235,7 +235,7 @@ class WhisperForCTC(PreTrainedModel):
         unexpected = [name for name in missing.missing_keys if not name.startswith("conditioning.")]
         if unexpected or missing.unexpected_keys:
             raise ValueError(f"not Whisper's encoder: {[*unexpected, *missing.unexpected_keys][0]}")
-        return model.eval()
+        return cast(WhisperForCTC, cast(Any, model).eval())
 
 
 @lru_cache(maxsize=4)

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 MODEL_TYPE = "whisper_ctc"
 
 
-class WhisperCTCConfig(PretrainedConfig):
+class WhisperCTCConfig(PretrainedConfig):  # type: ignore[no-untyped-call, unused-ignore]
     """The configuration of a `WhisperForCTC`; names that Whisper has too mean the same.
 
     Args:
@@ -75,7 +75,7 @@ class WhisperCTCConfig(PretrainedConfig):
         self.init_range, self.chunk_frames, self.left_chunks = init_range, chunk_frames, left_chunks
         self.time_reduction, self.intermediate_layers = time_reduction, list(intermediate_layers)
         self.ctc_loss_reduction = ctc_loss_reduction
-        super().__init__(pad_token_id=pad_token_id, **settings)
+        super().__init__(**{"pad_token_id": pad_token_id, **settings})
         self._check()
 
     def _check(self) -> None:
