@@ -13,6 +13,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 from transformers import PreTrainedModel
 
+from usmlite.models.whisper_ctc import WhisperForCTC
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz'"
 _ENCODER: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
@@ -36,7 +38,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "ParakeetForCTC": {"encoder_config": _CONFORMER},
     "LasrForCTC": {"encoder_config": {**_CONFORMER, "num_mel_bins": 128}},
     "Data2VecAudioForCTC": {**_WAVES, "num_conv_pos_embeddings": 2, "conv_pos_kernel_size": 3},
-}
+    "WhisperForCTC": {
+        "d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 48,
+        "init_range": 0.2,
+    },
+}  # fmt: skip
+
+
+def _kind(name: str) -> Any:
+    return WhisperForCTC if name == "WhisperForCTC" else getattr(transformers, name)
 
 
 def _runs(name: str) -> bool:
@@ -58,7 +68,7 @@ CLASSES = [
 
 def small_model(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A model of a class with random weights, but for batch norms, which look as if they had been trained."""
-    kind = getattr(transformers, name)
+    kind = _kind(name)
     config = kind.config_class(**{**CONFIGS[name], "vocab_size": 32, "pad_token_id": 0, **changes})
     torch.manual_seed(seed)
     model: PreTrainedModel = kind(config).eval()
@@ -106,6 +116,8 @@ def save_model(folder: Path, name: str, seed: int = 0, **changes: Any) -> Path:
     save_letters(folder)
     if name == "Wav2Vec2BertForCTC":
         transformers.SeamlessM4TFeatureExtractor().save_pretrained(folder)
+    elif name == "WhisperForCTC":
+        transformers.WhisperFeatureExtractor(return_attention_mask=True).save_pretrained(folder)
     else:
         masked = CONFIGS[name].get("feat_extract_norm") == "layer"
         transformers.Wav2Vec2FeatureExtractor(return_attention_mask=masked).save_pretrained(folder)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForSpeechSeq2Seq, WhisperConfig, WhisperForConditionalGeneration
 
+from small_ctc import save_model
 from small_whisper import logits, small_student
 from usmlite import hf
 from usmlite.errors import OutputError, PackedModelError
@@ -135,6 +136,29 @@ def test_the_order_of_imports_does_not_matter(folder: Path, order: str) -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["WhisperForConditionalGeneration"]
+
+
+FIRST = {
+    "a model that imports the registries": "from transformers import WhisperForConditionalGeneration",
+    "another model": "from transformers import BertModel",
+    "our own module": "import usmlite.models.whisper_ctc",
+    "transformers": "",
+}
+
+
+@pytest.mark.parametrize("first", FIRST)
+def test_the_ctc_model_is_known_whatever_was_imported_first(tmp_path: Path, first: str) -> None:
+    save_model(tmp_path, "WhisperForCTC")
+    code = (
+        "import sys, warnings; warnings.simplefilter('error')\nfrom usmlite import hf; hf.install()\n"
+        f"{FIRST[first]}\nfrom transformers import AutoModelForCTC\n"
+        "print(type(AutoModelForCTC.from_pretrained(sys.argv[1])).__name__)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["WhisperForCTC"]
 
 
 def test_installing_imports_nothing_heavy() -> None:

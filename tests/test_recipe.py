@@ -8,6 +8,8 @@ import pytest
 
 from usmlite.errors import RecipeError, SpecError
 from usmlite.recipe import (
+    DENSE_CTC,
+    CTCRecipe,
     Recipe,
     build_recipe,
     keys,
@@ -31,6 +33,7 @@ def test_keys_are_complete_and_their_flags_unique() -> None:
     names = {
         (section.name, item.name)
         for section in dataclasses.fields(Recipe)
+        if section.name != "ctc"  # which is for another command
         for item in dataclasses.fields(getattr(Recipe(), section.name))
     }
     assert {(key.section, key.name) for key in found} == names - {("spec", "rules"), ("training", "phases")}
@@ -43,6 +46,18 @@ def test_keys_are_complete_and_their_flags_unique() -> None:
 
 def test_every_default_is_allowed() -> None:
     assert build_recipe(recipe_to_dict(Recipe())) == Recipe()
+
+
+def test_the_section_of_a_dense_model() -> None:
+    recipe = build_recipe(DENSE_CTC)
+    assert recipe.ctc == CTCRecipe()
+    assert build_recipe(recipe_to_dict(recipe)) == recipe
+    assert "ctc" not in recipe_to_dict(Recipe())
+    flags = [key.flag for key in keys(("model", "data", "ctc", "training"))]
+    assert len(set(flags)) == len(flags)
+    assert build_recipe({"ctc": {"intermediate": "2, 3"}}).ctc.layers() == (2, 3)  # type: ignore[union-attr]
+    with pytest.raises(RecipeError, match=r"ctc\.intermediate"):
+        build_recipe({"ctc": {"intermediate": "two"}})
 
 
 def test_toml_and_back(tmp_path: Path) -> None:

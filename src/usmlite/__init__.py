@@ -20,6 +20,7 @@ from usmlite.hf import install
 
 if TYPE_CHECKING:
     from usmlite.compress import compress
+    from usmlite.ctc import train_ctc
     from usmlite.data import Utterance, load_corpus, write_manifest
     from usmlite.errors import (
         AudioError,
@@ -85,11 +86,13 @@ __all__ = [
     "load_teacher",
     "make_student",
     "push",
+    "train_ctc",
     "write_manifest",
 ]
 
 _HOME = {
     "compress": ("compress",),
+    "ctc": ("train_ctc",),
     "data": ("Utterance", "load_corpus", "write_manifest"),
     "errors": (
         "AudioError", "DataError", "ModelError", "OutputError", "PackedModelError", "RecipeError",

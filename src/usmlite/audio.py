@@ -145,7 +145,7 @@ def check_samples(samples: np.ndarray, where: str | PathLike[str]) -> None:
     _check(samples, where, silence=True)
 
 
-def log_mel(samples: torch.Tensor, n_mels: int = 80) -> torch.Tensor:
+def log_mel(samples: torch.Tensor, n_mels: int = 80, *, causal: bool = False) -> torch.Tensor:
     """Computes Whisper's log-mel spectrogram.
 
     The same numbers as `transformers.WhisperFeatureExtractor` and openai/whisper `audio.py`: 25 ms
@@ -155,6 +155,7 @@ def log_mel(samples: torch.Tensor, n_mels: int = 80) -> torch.Tensor:
     Args:
         samples: `[batch, samples]`, 16 kHz, zero-padded to 30 s (480,000 samples) for Whisper.
         n_mels: 80, or 128 for large-v3.
+        causal: the loudest value is that of the item so far, so that no frame waits for the end.
 
     Returns:
         float32 `[batch, n_mels, samples // 160]`.
@@ -169,7 +170,9 @@ def log_mel(samples: torch.Tensor, n_mels: int = 80) -> torch.Tensor:
         spectrum = torch.stft(samples.float(), _FFT, _HOP, window=window, return_complex=True)
         power = torch.view_as_real(spectrum)[:, :, : samples.shape[1] // _HOP].square().sum(-1)
         mel = (filters @ power).clamp(min=1e-10).log10()
-        floor = mel.amax(dim=(1, 2), keepdim=True) - 8.0
+        loudest = mel.amax(dim=1, keepdim=True)
+        loudest = loudest.cummax(dim=2).values if causal else loudest.amax(dim=2, keepdim=True)
+        floor = loudest - 8.0
         return torch.maximum(mel, floor).add(4.0).div(4.0)
 
 

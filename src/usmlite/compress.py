@@ -50,6 +50,7 @@ from usmlite.mixture import learn_allocation
 from usmlite.models import Adapter, Options, Teacher, TimedText, load_teacher
 from usmlite.pack import pack
 from usmlite.packed import arithmetic
+from usmlite.packfile import WEIGHTS_NAME
 from usmlite.recipe import Recipe, load_recipe, recipe_to_dict, recipe_to_toml
 from usmlite.report import read_report
 from usmlite.runtime import Recognizer
@@ -94,6 +95,12 @@ def compress(
         UsmliteError: see `errors`; nothing half-written stays, and finished stages are kept.
         KeyboardInterrupt: Ctrl-C; the step at hand was finished and saved.
     """
+    if recipe.ctc is not None:
+        raise RecipeError(
+            "a recipe for a dense CTC model",
+            where="ctc",
+            remedy="Give it to `usmlite ctc`, and the model that comes out to `usmlite compress`.",
+        )
     processes = PartialState()  # more than one under `accelerate launch`; the first one talks and writes
     if console is None or not processes.is_main_process:
         console = Console(quiet=True)
@@ -119,7 +126,7 @@ def compress(
             targets, left_out = training_targets(recipe, teacher, speech, shared or output, console)
         if left_out:
             console.print(f"{left_out} utterances left out: the teacher got them wrong.")
-        with _training_bar(console, recipe.training.steps) as tell:
+        with training_bar(console, recipe.training.steps) as tell:
             outcome = training.finetune(
                 student,
                 teacher.model,
@@ -147,7 +154,8 @@ def compress(
         else:
             write_json(output / DENSE_FILE, dense.to_json())
         evaluations = [dense, measure(load(output / PACKED_FOLDER), speech.test, output, console)]
-    result = make_report(recipe, teacher, outcome, calibration, evaluations, output)
+    size = (output / PACKED_FOLDER / WEIGHTS_NAME).stat().st_size
+    result = make_report(recipe, teacher, outcome, calibration, evaluations, size)
     result["data"] = speech.describe()
     result["seconds"] = round(time.perf_counter() - started, 1)
     write_json(output / REPORT_FILE, result)
@@ -693,10 +701,9 @@ def make_report(
     outcome: training.Outcome | None,
     calibration: Mapping[str, Any] | None,
     evaluations: Sequence[Evaluation],
-    output: Path,
+    size: int,
 ) -> dict[str, Any]:
-    """Everything about the run, as `report.json` holds it."""
-    size = (output / PACKED_FOLDER / "model.safetensors").stat().st_size
+    """Everything about the run, as `report.json` holds it; `size` is that of the weights' file in bytes."""
     result: dict[str, Any] = {
         "recipe": recipe_to_dict(recipe),
         "model": teacher.source,
@@ -764,7 +771,7 @@ def _bar(console: Console, label: str, total: int) -> Iterator[Callable[[int, in
 
 
 @contextmanager
-def _training_bar(console: Console, total: int) -> Iterator[Callable[[training.Progress], None]]:
+def training_bar(console: Console, total: int) -> Iterator[Callable[[training.Progress], None]]:
     """A bar with loss, WER and time left; lines now and then where there is no terminal."""
     columns = (
         TextColumn("{task.description}"),

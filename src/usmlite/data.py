@@ -233,6 +233,28 @@ def pack_windows(
     return windows
 
 
+def by_length(windows: Sequence[Window], batch: int, *, first: int, seed: str) -> list[Window]:
+    """Orders windows so that those of a batch are of like length, and hardly any of it is padding.
+
+    Args:
+        windows: of one epoch.
+        batch: windows of a batch.
+        first: windows of the epochs before, of which the last batch may be begun.
+        seed: the batches come in an order drawn from it.
+
+    Returns:
+        The same windows.
+    """
+    begun = -first % batch
+    ordered = list(windows[:begun])
+    rest = sorted(windows[begun:], key=lambda w: w.starts[-1] + w.utterances[-1].duration)
+    batches = [rest[low : low + batch] for low in range(0, len(rest), batch)]
+    # One that is not full goes last, else all that follow would be cut elsewhere.
+    last = [batches.pop()] if batches and len(batches[-1]) < batch else []
+    random.Random(seed).shuffle(batches)
+    return ordered + [window for one in (*batches, *last) for window in one]
+
+
 def _first_fit(order: Sequence[Utterance], max_gap: float, rng: random.Random) -> list[Window]:
     windows: list[tuple[list[Utterance], list[float]]] = []
     unfilled: list[int] = []  # indices into windows, oldest first

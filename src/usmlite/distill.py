@@ -151,17 +151,19 @@ class Distillation(nn.Module):
         weights, network, name = self.weights, self.network, str(self._student.main_input_name)
         batch = {name: heard, **rest}
         if not weights.needs_teacher:
-            _, logits = self._run(self.student, batch)
-            ce = network.text_loss(logits, batch)
+            with self._watched(self.student, network.intermediate) as seen:
+                _, logits = self._run(self.student, batch)
+            ce = network.text_loss(logits, batch, [seen[name] for name in network.intermediate])
             nothing = torch.zeros_like(ce)
             return {"loss": weights.ce * ce, "kl": nothing, "ce": ce.detach(), "states": nothing}
         teacher: nn.Module = self.__dict__["teacher"]
         with torch.no_grad(), self._watched(teacher) as wanted:
             teacher_states, teacher_logits = self._run(teacher, {**batch, name: taught})
-        with self._watched(self.student) as seen:
+        with self._watched(self.student, network.intermediate) as seen:
             states, logits = self._run(self.student, batch)
         scored = network.scored(batch)
-        loss, kl, ce = self._place_losses(logits, teacher_logits, batch)
+        between = [seen[name] for name in network.intermediate]
+        loss, kl, ce = self._place_losses(logits, teacher_logits, batch, between)
         distance = _distance(states, teacher_states, scored)
         losses = {"loss": loss + weights.states * distance, "kl": kl, "ce": ce, "states": distance.detach()}
         if self.layers:
@@ -186,7 +188,7 @@ class Distillation(nn.Module):
         return states, self.network.logits(model, batch, states)
 
     def _place_losses(
-        self, logits: Tensor, teacher_logits: Tensor, batch: dict[str, Tensor]
+        self, logits: Tensor, teacher_logits: Tensor, batch: dict[str, Tensor], between: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The weighted sum of KL and cross-entropy, and without gradient the two."""
         weights, labels = self.weights, self.network.labels(batch)
@@ -196,14 +198,15 @@ class Distillation(nn.Module):
             return loss, kl, ce
         nowhere = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
         loss, kl, _ = apply(logits, teacher_logits, nowhere, replace(weights, ce=0.0))
-        ce = self.network.text_loss(logits, batch)
+        ce = self.network.text_loss(logits, batch, between)
         return loss + weights.ce * ce, kl, ce.detach()
 
     @contextmanager
-    def _watched(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
-        """What the places to match give while the model runs."""
+    def _watched(self, model: nn.Module, others: Sequence[str] = ()) -> Iterator[dict[str, Tensor]]:
+        """What the places to match, and others, give while the model runs."""
         seen: dict[str, Tensor] = {}
-        names = [*self.layers, *(name for place in self.attentions for name in (place.queries, place.keys))]
+        attentions = (name for place in self.attentions for name in (place.queries, place.keys))
+        names = [*self.layers, *attentions, *others]
 
         def watch(name: str) -> Any:
             def hook(module: nn.Module, args: Any, output: Any) -> None:

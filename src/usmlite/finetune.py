@@ -31,7 +31,7 @@ from usmlite.audio import WINDOW_SECONDS
 from usmlite.augment import add_noise, spec_augment, swap_words
 from usmlite.average import averaged, take_average, update_average
 from usmlite.checkpoint import CheckpointFolder, save_student
-from usmlite.data import Utterance, Window, load_window, pack_windows
+from usmlite.data import Utterance, Window, by_length, load_window, pack_windows
 from usmlite.distill import Distillation, LossWeights
 from usmlite.errors import OutputError, TrainingError
 from usmlite.memory import PeakMemory
@@ -121,12 +121,16 @@ class TrainingWindows(Dataset[tuple[Tensor, list[TimedText], bool]]):
     def _epoch(self, number: int) -> list[Window]:
         seed = self.recipe.training.seed
         if number not in self._epochs:
-            self._epochs[number] = pack_windows(
+            windows = pack_windows(
                 at_random_speeds(self.utterances, self.recipe.data.speed, f"{seed}/{number}"),
                 seed=seed,
                 epoch=number,
-                single_fraction=self.recipe.data.single,
+                single_fraction=1.0 if self.recipe.data.by_length else self.recipe.data.single,
             )
+            if self.recipe.data.by_length:
+                batch, first = self.recipe.training.batch_size, self._ends[number]
+                windows = by_length(windows, batch, first=first, seed=f"by length/{seed}/{number}")
+            self._epochs[number] = windows
         return self._epochs[number]
 
     def window(self, index: int) -> Window:
@@ -179,8 +183,8 @@ def choose_trained(student: nn.Module, training: TrainingRecipe) -> set[int]:
     return {id(parameter) for parameter in table.parameters()}
 
 
-def make_optimizer(student: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW with groups for the weights, the learned scales, the token embedding and the learned masks.
+def make_optimizer(student: nn.Module, recipe: Recipe, heads: Sequence[str] = ()) -> torch.optim.AdamW:
+    """AdamW with groups for the weights, learned scales, the token embedding, learned masks and CTC heads.
 
     The embedding has a rate of its own because most of its rows are words that the speech never has: all
     they get is the noise of the softmax, which Adam would scale up to full steps. A group's "rate" names the
@@ -193,11 +197,14 @@ def make_optimizer(student: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
         {"params": [], "rate": "scale_learning_rate", "weight_decay": 0.0},
         {"params": [], "rate": "embedding_learning_rate", "weight_decay": 0.0},
         {"params": [], "rate": "mask_learning_rate", "weight_decay": 0.0},
+        {"params": [], "rate": "head_learning_rate", "weight_decay": training.weight_decay},
     ]
     endings = {"log_scale": 1, "logits": 3}
+    inside = tuple(f"{head}." for head in heads) if training.ever("head_learning_rate") else ()
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            group = 2 if id(parameter) in embedding else endings.get(name.rpartition(".")[2], 0)
+            usual = 4 if name.startswith(inside) else 0
+            group = 2 if id(parameter) in embedding else endings.get(name.rpartition(".")[2], usual)
             groups[group]["params"].append(parameter)
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=training.learning_rate, fused=True
@@ -295,9 +302,9 @@ def finetune(
     device = accelerator.device
     # Not Accelerate's mixed precision: that is fixed for the life of the process, and bf16 needs no more.
     bf16 = autocast_precision(training.precision, device) == "bf16"
-    students.train_compression(student.to(device))
+    students.train_compression(student.to(device), network=training.network_dropout)
     teacher.to(device).eval()
-    optimizer = make_optimizer(student, recipe)
+    optimizer = make_optimizer(student, recipe, adapter.network.heads)
     moving = moving_steps(training.steps, freeze=recipe.student.mask_freeze)
     movement = attach(student, optimizer, moving=moving, seed=training.seed)
     folder, log = CheckpointFolder(output / "checkpoints"), output / "train.jsonl"
@@ -357,7 +364,7 @@ def finetune(
             if movement.at_target and (state["best_wer"] is None or wer <= state["best_wer"]):
                 state["best_wer"], state["best_step"] = wer, step
                 save_student(output / "best", student, None, {"step": step, "dev_wer": wer})
-        students.train_compression(student)
+        students.train_compression(student, network=training.network_dropout)
 
     if first == 0:
         # Where the start is good already, a short training may not better it.

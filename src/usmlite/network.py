@@ -7,7 +7,7 @@ allocation, distillation) runs networks through these methods and knows of no fa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -28,6 +28,10 @@ class Network:
 
     beside: tuple[str, ...] = ("labels",)
     """Keys of a batch that are not for the network."""
+    intermediate: tuple[str, ...] = ()
+    """Modules whose outputs are logits too, which `text_loss` takes as `between`."""
+    heads: tuple[str, ...] = ()
+    """Modules that turn states into logits and belong to the labels, not to the speech."""
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         """What of a batch is for the network."""
@@ -79,12 +83,13 @@ class Network:
         """The label of each scored place, int64 `[scored]`; None where labels belong to no place."""
         return batch["labels"][self.scored(batch)]
 
-    def text_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+    def text_loss(self, logits: Tensor, batch: Batch, between: Sequence[Tensor] = ()) -> Tensor:
         """How unlikely the text is, nats per label.
 
         Args:
             logits: what `logits` returned.
             batch: the same.
+            between: what the modules of `intermediate` gave, if somebody listened.
         """
         return cross_entropy(logits.float(), cast(Tensor, self.labels(batch)))
 
@@ -99,12 +104,27 @@ class FrameNetwork(Network):
         head: attribute that turns states into logits.
         blank: the label of frames that say nothing.
         frames: lengths of inputs to numbers of frames, int64 `[batch]` to int64 `[batch]`.
+        time_axis: of the main input.
+        intermediate: modules within the encoder that give logits `[batch, frames, vocabulary]` as well.
+        frames_together: how many of their frames are one of the output.
     """
 
     beside = ("labels", "lengths")
 
-    def __init__(self, encoder: str, head: str, blank: int, frames: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self,
+        encoder: str,
+        head: str,
+        blank: int,
+        frames: Callable[[Tensor], Tensor],
+        *,
+        time_axis: int = 1,
+        intermediate: tuple[str, ...] = (),
+        frames_together: int = 1,
+    ) -> None:
         self._encoder, self._head, self.blank, self.frames = encoder, head, blank, frames
+        self._time_axis, self.intermediate, self._together = time_axis, intermediate, frames_together
+        self.heads = (head, *(name.rpartition(".")[0] for name in intermediate))
 
     def encoder(self, model: nn.Module) -> nn.Module:
         """The part that `states` runs."""
@@ -121,7 +141,7 @@ class FrameNetwork(Network):
     def scored(self, batch: Batch) -> Tensor:
         """The frames that are audio, bool `[batch, frames]`."""
         main = next(value for name, value in batch.items() if name not in (*self.beside, "attention_mask"))
-        count = int(self.frames(torch.tensor([main.shape[1]])))
+        count = int(self.frames(torch.tensor([main.shape[self._time_axis]])))
         frames = self.frames(batch["lengths"])
         return torch.arange(count, device=frames.device) < frames[:, None]
 
@@ -133,29 +153,39 @@ class FrameNetwork(Network):
         """None: CTC sums over all ways to lay the labels on the frames."""
         return None
 
-    def text_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+    def text_loss(self, logits: Tensor, batch: Batch, between: Sequence[Tensor] = ()) -> Tensor:
         """The CTC loss (Graves et al., ICML 2006), nats per label.
 
-        Texts of more labels than their frames have room for are left out: their loss would be infinite.
-        Zero where there is none left.
+        With intermediate logits it is the mean of theirs and the final one (arXiv 2104.02724). Texts of more
+        labels than their frames have room for are left out: their loss would be infinite. Zero where there is
+        none left.
         """
-        frames, labels = self.frames(batch["lengths"]), batch["labels"]
-        counts = (labels != IGNORED).sum(dim=1)
-        fits = (labels_needed(labels) <= frames) & (counts > 0)
+        frames = self.frames(batch["lengths"])
         scored = self.scored(batch)
-        logs = logits.new_zeros((*scored.shape, logits.shape[-1]), dtype=torch.float32)
-        logs[scored] = log_softmax(logits.float(), dim=-1)
-        if not bool(fits.any()):
-            return logs.sum() * 0.0
-        losses = ctc_loss(
-            logs[fits].transpose(0, 1),
-            labels[fits].clamp(min=0),
-            frames[fits],
-            counts[fits],
-            blank=self.blank,
-            reduction="none",
-        )
-        return losses.sum() / counts[fits].sum()
+        whole = logits.new_zeros((*scored.shape, logits.shape[-1]), dtype=torch.float32)
+        whole[scored] = logits.float()
+        losses = [_ctc(whole, batch["labels"], frames, self.blank)]
+        for each in between:
+            there = (frames * self._together).clamp(max=each.shape[1])
+            losses.append(_ctc(each.float(), batch["labels"], there, self.blank))
+        return torch.stack(losses).mean()
+
+
+def _ctc(logits: Tensor, labels: Tensor, frames: Tensor, blank: int) -> Tensor:
+    """Of logits `[batch, frames, vocabulary]`, of which each row has its own number of frames."""
+    counts = (labels != IGNORED).sum(dim=1)
+    fits = (labels_needed(labels) <= frames) & (counts > 0)
+    if not bool(fits.any()):
+        return logits.sum() * 0.0
+    losses = ctc_loss(
+        log_softmax(logits[fits], dim=-1).transpose(0, 1),
+        labels[fits].clamp(min=0),
+        frames[fits],
+        counts[fits],
+        blank=blank,
+        reduction="none",
+    )
+    return losses.sum() / counts[fits].sum()
 
 
 def labels_needed(labels: Tensor) -> Tensor:

@@ -89,6 +89,11 @@ class DataRecipe:
     single: float = _key(0.15, "share of the training windows with one short utterance and then silence")
     speed: float = _key(0.0, "play training speech up to this share faster or slower (0.1: 0.9 to 1.1 times)")
     noise: float = _key(0.0, "share of the training windows with noise added, at 10 to 40 dB")
+    by_length: bool = _key(
+        False,
+        "batches of utterances of like length, each in a window of its own: for models that hear audio of "
+        "its true length",
+    )
     swapped: float = _key(
         0.0, "share of the words before the one to predict that are replaced by other words of the batch"
     )
@@ -280,6 +285,7 @@ class TrainingRecipe:
     embedding_learning_rate: float = _key(
         0.0, "peak learning rate of the token embedding and its scales; 0 leaves them as they start"
     )
+    head_learning_rate: float = _key(0.0, "peak learning rate of a CTC head; 0 for that of the other weights")
     warmup: float = _key(0.05, "share of the steps in which the learning rate rises")
     final_rate: float = _key(0.02, "the learning rate at the end, as a share of the peak (cosine decay)")
     weight_decay: float = _key(0.0, "AdamW's decoupled weight decay")
@@ -295,6 +301,9 @@ class TrainingRecipe:
     layers: float = _key(0.0, "weight of the match of every layer's output")
     attention: float = _key(0.0, "weight of the match of what the decoder's heads look at in the speech")
     temperature: float = _key(1.0, "temperature of the KL term")
+    network_dropout: bool = _key(
+        False, "train with the dropout that the model's configuration has, which dense models need"
+    )
     spec_augment: bool = _key(False, "mask bands of time and frequency in what is heard (SpecAugment)")
     teacher_hears: str = _key(
         "same",
@@ -330,14 +339,66 @@ class TrainingRecipe:
 
 
 @dataclass(frozen=True)
+class CTCRecipe:
+    """[ctc]: the dense model that `usmlite ctc` makes of an encoder."""
+
+    vocabulary: str = _key(
+        "characters",
+        "labels, made of the transcripts: characters, or pieces (of words, by byte-pair encoding)",
+        choices=("characters", "pieces"),
+    )
+    vocabulary_size: int = _key(256, "how many word pieces")
+    chunk: float = _key(
+        0.0,
+        "attend in chunks of this many seconds, so that no text waits for the end of the audio; 0: to all",
+    )
+    left_chunks: int = _key(4, "with chunk, how many chunks before its own a frame hears")
+    time_reduction: int = _key(1, "frames of 20 ms that the head reads together: 1 gives 50 labels a second")
+    intermediate: str | None = _key(
+        None,
+        "layers after which the model is told what it would say so far (self-conditioned CTC), such as 2",
+    )
+    dropout: float = _key(0.1, "dropout of the model, while it trains")
+
+    def layers(self) -> tuple[int, ...]:
+        """`intermediate` as numbers.
+
+        Raises:
+            RecipeError: it cannot be read.
+        """
+        parts = [] if self.intermediate is None else [part.strip() for part in self.intermediate.split(",")]
+        if not all(part.isdecimal() and int(part) > 0 for part in parts):
+            raise RecipeError(
+                "unreadable list of layers", where="ctc.intermediate", expected="numbers from 1, such as 2",
+                found=repr(self.intermediate),
+            )  # fmt: skip
+        return tuple(int(part) for part in parts)
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """Everything about one run of `usmlite compress`."""
+    """Everything about one run of `usmlite compress`, or with `ctc` of `usmlite ctc`."""
 
     model: ModelRecipe = ModelRecipe()
     data: DataRecipe = DataRecipe()
     spec: SpecRecipe = SpecRecipe()
     student: StudentRecipe = StudentRecipe()
     training: TrainingRecipe = TrainingRecipe()
+    ctc: CTCRecipe | None = None
+
+
+DENSE_CTC: dict[str, dict[str, Any]] = {
+    "data": {"targets": "text", "single": 1.0, "by_length": True, "speed": 0.1, "timestamps": 0.0},
+    "spec": {"bits": FLOAT, "sparsity": "dense"},
+    "student": {"start": "magnitude"},
+    "training": {
+        "steps": 2000, "batch_size": 16, "learning_rate": 3e-4, "head_learning_rate": 2e-3,
+        "kl": 0.0, "ce": 1.0, "states": 0.0, "spec_augment": True, "network_dropout": True, "average": 0.99,
+        "phases": [{"until": 0.05, "learning_rate": 0.0}],
+    },
+    "ctc": {},
+}  # fmt: skip
+"""What `usmlite ctc` does where nobody says otherwise: the new head learns first, then all of it."""
 
 
 @dataclass(frozen=True)
@@ -355,10 +416,14 @@ class Key:
     path: bool
 
 
-def keys() -> Iterator[Key]:
-    """Every scalar key of the recipe, in order; lists (`LISTS`) exist in the file only."""
+COMPRESSION = ("model", "data", "spec", "student", "training")
+"""The sections of a recipe for `usmlite compress`."""
+
+
+def keys(sections: Sequence[str] = COMPRESSION) -> Iterator[Key]:
+    """Every scalar key of these sections, in order; lists (`LISTS`) exist in the file only."""
     for section in dataclasses.fields(Recipe):
-        for item, kind, optional in _fields(section.name):
+        for item, kind, optional in _fields(section.name) if section.name in sections else ():
             if not item.metadata:
                 continue
             yield Key(
@@ -375,7 +440,9 @@ def keys() -> Iterator[Key]:
 
 
 def _section_class(name: str) -> type:
-    return typing.cast(type, typing.get_type_hints(Recipe)[name])
+    hint = typing.get_type_hints(Recipe)[name]
+    members = typing.get_args(hint) or (hint,)
+    return typing.cast(type, next(member for member in members if member is not type(None)))
 
 
 def _fields(section: str) -> Iterator[tuple[dataclasses.Field[Any], type, bool]]:
@@ -434,6 +501,7 @@ PHASE_KEYS = (
     "scale_learning_rate",
     "mask_learning_rate",
     "embedding_learning_rate",
+    "head_learning_rate",
     "kl",
     "ce",
     "states",
@@ -515,6 +583,11 @@ _LOWEST = {
     "training.scale_learning_rate": 0.0,
     "training.mask_learning_rate": 0.0,
     "training.embedding_learning_rate": 0.0,
+    "training.head_learning_rate": 0.0,
+    "ctc.vocabulary_size": 2,
+    "ctc.chunk": 0.0,
+    "ctc.left_chunks": 0,
+    "ctc.time_reduction": 1,
     "student.mask_decay": 0.0,
     "data.max_wer": 0.0,
     "data.level": 0.0,
@@ -530,6 +603,7 @@ _SHARES = {
     "training.warmup": 1.0,
     "training.average": 0.9999,
     "training.final_rate": 1.0,
+    "ctc.dropout": 1.0,
 }
 
 
@@ -580,6 +654,8 @@ def build_recipe(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     recipe.spec.build()
     recipe.spec.target_bytes(1, where=f"{where}: spec.target_size")
     recipe.student.schedule(where=f"{where}: student")
+    if recipe.ctc is not None:
+        recipe.ctc.layers()
     if recipe.spec.allocation == "learned" and recipe.spec.target_size is None:
         raise RecipeError(
             "a learned allocation needs a budget",
@@ -603,28 +679,37 @@ def read_tables(path: str | Path) -> dict[str, Any]:
         raise RecipeError("not a TOML file", where=path, found=str(error)) from None
 
 
-def merged(values: Mapping[str, Any], overrides: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def merged(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Nested tables with others on top, key by key."""
     out = dict(values)
     for section, table in overrides.items():
         base = out.get(section, {})
-        out[section] = {**(base if isinstance(base, Mapping) else {}), **table}
+        if isinstance(table, Mapping):
+            out[section] = {**(base if isinstance(base, Mapping) else {}), **table}
+        else:
+            out[section] = table  # a mistake that whoever checks them names
     return out
 
 
-def load_recipe(path: str | Path, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> Recipe:
-    """Reads a TOML recipe; `overrides` (the command line's flags) win over the file.
+def load_recipe(
+    path: str | Path,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    defaults: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Recipe:
+    """Reads a TOML recipe; `overrides` (the command line's flags) win over the file, and it over `defaults`.
 
     Raises:
         RecipeError: the file is missing or not TOML, or as `build_recipe`.
     """
-    return build_recipe(merged(read_tables(path), overrides or {}), where=str(path))
+    return build_recipe(merged(merged(defaults or {}, read_tables(path)), overrides or {}), where=str(path))
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """Nested tables without None, as TOML and JSON hold them."""
     out: dict[str, dict[str, Any]] = {}
     for section in dataclasses.fields(Recipe):
+        if getattr(recipe, section.name) is None:
+            continue
         table = dataclasses.asdict(getattr(recipe, section.name))
         out[section.name] = {
             key: [dict(rule) for rule in value] if isinstance(value, tuple) else value

@@ -46,6 +46,8 @@ _MOST_TOLD = 224  # segments, of a token at least: Whisper has room for fewer to
 
 Audio: TypeAlias = str | Path | np.ndarray
 DEFAULTS = Options()
+GREEDY = Options(timestamps=False, beam_size=1, temperatures=(0.0,))
+"""How word error rates are measured."""
 
 
 @dataclass(frozen=True)
@@ -483,19 +485,19 @@ class Recognizer:
             0
         ]
 
-    def transcribe_batch(self, audios: Sequence[np.ndarray]) -> list[str]:
-        """Texts of recordings, the way word error rates are measured: greedily, once.
+    def transcribe_batch(self, audios: Sequence[np.ndarray], options: Options = GREEDY) -> list[str]:
+        """Texts of recordings, the way word error rates are measured: greedily, once, if not told otherwise.
 
         Audio of up to 30 s is decoded in one piece without timestamps, longer audio window by window.
 
         Args:
             audios: float32 mono samples at 16 kHz, decoded side by side.
+            options: what is asked for.
 
         Returns:
             One text for each of them, on one line.
         """
-        greedy = Options(timestamps=False, beam_size=1, temperatures=(0.0,))
-        transcripts = self.transcribe(list(audios), greedy, batch_size=max(1, len(audios)))
+        transcripts = self.transcribe(list(audios), options, batch_size=max(1, len(audios)))
         return [transcript.text for transcript in transcripts]
 
     def _tensor(self, samples: np.ndarray) -> Tensor:

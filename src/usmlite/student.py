@@ -619,13 +619,20 @@ def make_student(
     return student.train()
 
 
-def train_compression(student: nn.Module) -> None:
+def train_compression(student: nn.Module, *, network: bool = False) -> None:
     """Lets what the compression draws at random be drawn; the network itself computes as it will be used.
 
     So there is no dropout and no dropped layer, batch norms keep the statistics of the speech that the model
     was trained on, and models that mask their own features (from NumPy's global generator) do not.
+
+    Args:
+        student: from `make_student`.
+        network: let the network draw what it draws in training too, such as dropout.
     """
-    student.eval()
+    student.train(network)
+    for module in student.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
     for _, layer in compressed_layers(student):
         layer.compression.train()
 

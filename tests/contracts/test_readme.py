@@ -17,9 +17,11 @@ from typing import Any, NamedTuple
 import pytest
 
 import usmlite
+from small_ctc import save_model
 from usmlite import cli
 from usmlite.cli.recipe_flags import recipe_from
 from usmlite.grid import expand
+from usmlite.recipe import DENSE_CTC
 from usmlite.shipped import DEFAULT, shipped
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +33,20 @@ README = PAGES["README.md"]
 WITH_THE_SHIPPED_MODEL = "usmlite transcribe interview.wav"
 # These finish in seconds with the small models of the tests; the others are parsed.
 PEERS = {"faster-whisper", "pywhispercpp"}  # what benchmarks compare with, for which there is no extra
+ARPA = """\\data\\
+ngram 1=3
+ngram 2=1
+
+\\1-grams:
+-2\t<unk>\t0
+-2\t<s>\t0
+-1\t</s>\t0
+
+\\2-grams:
+-1\t<s> </s>
+
+\\end\\
+"""
 QUICK = ("evaluate", "transcribe", "info", "export")
 
 
@@ -78,6 +94,8 @@ def workplace(
     """A folder with what the README's lines speak of."""
     shutil.copytree(packed_model, tmp_path / "small/packed")
     shutil.copytree(dense_model, tmp_path / "my-whisper")
+    save_model(tmp_path / "ctc-tiny", "WhisperForCTC")
+    (tmp_path / "words.arpa").write_text(ARPA)
     for name in ("speech", "LIBRISPEECH/train"):
         shutil.copytree(recordings, tmp_path / name)
     for number in range(4):
@@ -110,7 +128,9 @@ def test_shell_lines_are_real(line: str, monkeypatch: pytest.MonkeyPatch) -> Non
     arguments = usmlite_words(line)
     if arguments is not None:
         parsed = cli.build_parser().parse_args(arguments)
-        if parsed.command in ("compress", "info"):
+        if parsed.command == "ctc":
+            recipe_from(parsed, None, DENSE_CTC)
+        elif parsed.command in ("compress", "info"):
             recipe = getattr(parsed, "recipe", None)
             shipped = recipe is not None and recipe.parts[0] == "recipes"
             recipe_from(parsed, ROOT / recipe if shipped else None)

@@ -142,9 +142,7 @@ def test_long_audio_is_read_window_by_window_without_cutting_words(
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"beam_size": 5}, "beam size"),
         ({"initial_prompt": "a"}, "initial prompt"),
-        ({"hotwords": "a"}, "hotwords"),
         ({"task": "translate"}, "translate"),
     ],
 )

@@ -15,6 +15,7 @@ from typing import cast
 from usmlite.cli import (
     completion,
     compress,
+    ctc,
     demo,
     evaluate,
     export,
@@ -32,7 +33,7 @@ from usmlite.errors import UsmliteError
 
 # As --help lists them.
 COMMANDS = (
-    compress, sweep, report, evaluate, transcribe, serve, info, plan, push, export, demo, completion
+    compress, ctc, sweep, report, evaluate, transcribe, serve, info, plan, push, export, demo, completion
 )  # fmt: skip
 INTERRUPTED = 130  # as shells report a program ended by Ctrl-C
 BROKEN_PIPE = 141  # and by SIGPIPE
@@ -108,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         saved = "; what is done is saved, the same command goes on from there"
-        complain("interrupted" + (saved if command in ("compress", "demo", "sweep") else ""))
+        complain("interrupted" + (saved if command in ("compress", "ctc", "demo", "sweep") else ""))
         return INTERRUPTED
     except BrokenPipeError:
         # The reader has left (`| head`). Python would complain once more when it flushes at exit.

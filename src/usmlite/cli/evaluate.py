@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usmlite.cli.arguments import add_command, whole
 from usmlite.cli.console import bar, check_folder, make_console, settle_libraries
-from usmlite.cli.recognizer_flags import add_hold
+from usmlite.cli.recognizer_flags import add_hold, add_language_model
 from usmlite.errors import UsmliteError
 
 if TYPE_CHECKING:
@@ -58,6 +59,11 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--limit", type=whole(1), metavar="N", help="only the first N utterances")
     add_hold(parser)
+    add_language_model(parser)
+    parser.add_argument(
+        "--beam-size", type=whole(1), default=1, metavar="N",
+        help="texts followed side by side (default: 1, or 64 with a language model)",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -106,12 +112,20 @@ def _evaluated(
     from usmlite.info import dense_float32_bytes
     from usmlite.load import load
     from usmlite.packed import arithmetic
+    from usmlite.runtime import GREEDY
     from usmlite.tables import ComparisonRow
 
     recognizer = load(source, hold=arguments.hold, activations=arguments.activations)
+    options = replace(
+        GREEDY,
+        beam_size=arguments.beam_size,
+        language_model=arguments.language_model,
+        lm_weight=arguments.lm_weight,
+        lm_bonus=arguments.lm_bonus,
+    )
     with bar(f"Evaluating {source}") as progress:
         found = evaluate(
-            recognizer.transcribe_batch,
+            lambda audios: recognizer.transcribe_batch(audios, options),
             utterances,
             name=recognizer.name,
             weights_bytes=recognizer.weights_bytes,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from usmlite.errors import RecipeError
-from usmlite.recipe import Key, Recipe, build_recipe, keys, load_recipe
+from usmlite.recipe import Key, Recipe, build_recipe, keys, load_recipe, merged
 
 SECTIONS = {
     "model": "where to start",
@@ -17,15 +18,21 @@ SECTIONS = {
     "student": "how the student starts and how its masks, scales and bits behave",
     "training": "the fine-tuning",
 }
+OTHERS = {"ctc": "the model that is made"}
 
 
-def add_recipe_flags(parser: argparse.ArgumentParser, sections: Iterable[str]) -> None:
-    """The keys of these sections, with the recipe's own help and defaults."""
+def add_recipe_flags(
+    parser: argparse.ArgumentParser,
+    sections: Iterable[str],
+    defaults: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """The keys of these sections, with the recipe's own help, and its defaults where there are no others."""
     for section in sections:
-        group = parser.add_argument_group(f"[{section}] {SECTIONS[section]}")
-        for key in keys():
-            if key.section == section and (key.section, key.name) != ("model", "source"):
-                _add_recipe_flag(group, key)
+        group = parser.add_argument_group(f"[{section}] {(SECTIONS | OTHERS)[section]}")
+        for key in keys((section,)):
+            if (key.section, key.name) != ("model", "source"):
+                default = (defaults or {}).get(section, {}).get(key.name, key.default)
+                _add_recipe_flag(group, replace(key, default=default))
         if section == "model":
             group.add_argument(
                 "--model",
@@ -89,8 +96,10 @@ def recipe_values(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return values
 
 
-def recipe_from(arguments: argparse.Namespace, file: Path | None) -> Recipe:
-    """The recipe file, if there is one, with the flags on top.
+def recipe_from(
+    arguments: argparse.Namespace, file: Path | None, defaults: Mapping[str, Mapping[str, Any]] | None = None
+) -> Recipe:
+    """The recipe file, if there is one, with the flags on top and other defaults below.
 
     Raises:
         RecipeError: a wrong flag or file.
@@ -98,8 +107,8 @@ def recipe_from(arguments: argparse.Namespace, file: Path | None) -> Recipe:
     """
     values = recipe_values(arguments)
     # Alone first, so that a wrong flag is not put down to the file.
-    recipe = build_recipe(values, where="command line")
-    return recipe if file is None else load_recipe(file, values)
+    recipe = build_recipe(merged(defaults or {}, values), where="command line")
+    return recipe if file is None else load_recipe(file, values, defaults or {})
 
 
 def set_once(arguments: argparse.Namespace, name: str, value: object, flag: str) -> None:

@@ -33,10 +33,12 @@ def add_hold(parser: argparse.ArgumentParser) -> None:
 
 def add_search(parser: argparse.ArgumentParser) -> None:
     """What of `Options` says how texts are searched for; names and defaults as openai/whisper's."""
-    group = parser.add_argument_group("search (Whisper)")
+    add_language_model(parser)
+    group = parser.add_argument_group("search (Whisper, and where it says so CTC models)")
     group.add_argument(
         "--beam-size", type=whole(1), metavar="N",
-        help="texts followed side by side at temperature 0; 1 is greedy (default: 5, with --mic 1)",
+        help="texts followed side by side at temperature 0; 1 is greedy (default: 5, with --mic 1; CTC "
+        "models: 1, or 64 with a language model or hotwords)",
     )  # fmt: skip
     group.add_argument(
         "--patience", type=number(0.01, 100.0), default=1.0, metavar="X",
@@ -77,10 +79,27 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--initial-prompt", metavar="TEXT", help="text that stands before: names, spelling, style"
     )
-    group.add_argument("--hotwords", metavar="TEXT", help="words to expect")
+    group.add_argument("--hotwords", metavar="TEXT", help="words to expect (CTC models too)")
     group.add_argument(
         "--condition-on-previous-text", action="store_true",
         help="tell each window of 30 seconds what was said before it; mistakes may carry on",
+    )  # fmt: skip
+
+
+def add_language_model(parser: argparse.ArgumentParser) -> None:
+    """What of `Options` says which language model CTC models are searched with."""
+    group = parser.add_argument_group('search (CTC models; pip install "usmlite[lm]")')
+    group.add_argument(
+        "--language-model", metavar="FILE",
+        help="a word n-gram model, ARPA or KenLM's binary form, whose words are written as the labels are",
+    )  # fmt: skip
+    group.add_argument(
+        "--lm-weight", type=number(0.0, 100.0), default=0.5, metavar="X",
+        help="what its log probability counts (default: 0.5)",
+    )  # fmt: skip
+    group.add_argument(
+        "--lm-bonus", type=number(-100.0, 100.0), default=1.5, metavar="X",
+        help="what each word counts with it, so that it does not prefer few words (default: 1.5)",
     )  # fmt: skip
 
 
@@ -108,4 +127,7 @@ def options_from(arguments: argparse.Namespace, recognizer: Recognizer) -> Optio
         no_speech_threshold=arguments.no_speech_threshold,
         initial_prompt=arguments.initial_prompt,
         hotwords=arguments.hotwords,
+        language_model=arguments.language_model,
+        lm_weight=arguments.lm_weight,
+        lm_bonus=arguments.lm_bonus,
     )

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from usmlite.audio import WINDOW_SECONDS
 
 _MARKS = ("▁", "Ġ", " ")
@@ -74,6 +77,46 @@ def collapse(labels: Sequence[int], logprobs: Sequence[float], blank: int, secon
             found.append(Emitted(labels[first], first * step, index * step, mean))
         first = index
     return found
+
+
+def align(logprobs: Tensor, labels: Sequence[int], blank: int) -> Tensor:
+    """Lays labels on frames so that they are likeliest there (Viterbi over blanks and labels).
+
+    Args:
+        logprobs: natural logarithms, float32 `[frames, vocabulary]`, on the CPU.
+        labels: what is said, without blanks.
+        blank: the label that says nothing; at least one between two that are the same.
+
+    Returns:
+        The label of each frame, int64 `[frames]`; only blanks where the labels do not fit the frames.
+    """
+    frames = len(logprobs)
+    states = torch.full((2 * len(labels) + 1,), blank)
+    states[1::2] = torch.tensor(labels, dtype=torch.int64)
+    repeats = sum(a == b for a, b in pairwise(labels))
+    if not labels or len(labels) + repeats > frames:
+        return torch.full((frames,), blank)
+    # A label may follow another one without a blank between them, if it is not the same.
+    skips = torch.full((len(states),), -torch.inf)
+    skips[2:][(states[2:] != blank) & (states[2:] != states[:-2])] = 0.0
+    emissions = logprobs[:, states]
+    score = torch.full((len(states),), -torch.inf)
+    score[:2] = emissions[0, :2]
+    came = torch.zeros(frames, len(states), dtype=torch.int64)
+    for frame in range(1, frames):
+        ways = torch.stack((
+            score,
+            torch.nn.functional.pad(score, (1, 0), value=-torch.inf)[:-1],
+            torch.nn.functional.pad(score, (2, 0), value=-torch.inf)[:-2] + skips,
+        ))  # fmt: skip
+        best = ways.max(dim=0)
+        score, came[frame] = best.values + emissions[frame], best.indices
+    state = len(states) - 1 - int(score[-1] < score[-2])
+    path = torch.zeros(frames, dtype=torch.int64)
+    for frame in range(frames - 1, -1, -1):
+        path[frame] = states[state]
+        state -= int(came[frame, state])
+    return path
 
 
 def words_of(emitted: Sequence[Emitted], tokenizer: Any) -> list[Piece]:

@@ -10,7 +10,7 @@ import math
 import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,14 +41,16 @@ from usmlite.models.adapter import (
 from usmlite.models.alignment import (
     Emitted,
     Piece,
+    align,
     collapse,
     cut_at_pauses,
     joined,
     pause_to_go_on_from,
     words_of,
 )
+from usmlite.models.ctc_search import search, searches, written_labels
 from usmlite.models.options import Options
-from usmlite.network import IGNORED, FrameNetwork, labels_needed
+from usmlite.network import IGNORED, Batch, FrameNetwork, labels_needed
 
 _SAME_AS = {"’": "'", "‘": "'", "ʼ": "'", "`": "'", "–": "-", "—": "-"}  # noqa: RUF001
 # A linear layer of fewer outputs is a gate: a few hundred weights that decide for thousands.
@@ -367,33 +369,49 @@ class CTCAdapter(Adapter):
         *,
         previous: Sequence[Sequence[Said]] = (),
     ) -> list[Decoded]:
-        """The likeliest label of each frame, repeats and blanks left out; see `Adapter.transcribe`."""
+        """The likeliest label of each frame, repeats and blanks left out; see `Adapter.transcribe`.
+
+        With beams, a language model or hotwords it is the likeliest text, laid on the frames that say it.
+        """
         self._check_options(options, previous)
         batch = self._inputs(audio)
         dtype = next(model.parameters()).dtype
         batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
         with torch.inference_mode():
-            logits = self.network.logits(model, batch, self.network.states(model, batch))
-            best = logits.float().log_softmax(dim=-1).max(dim=-1)
-        counts = self.frames(batch["lengths"]).tolist()
-        rows = zip(audio, torch.split(best.indices, counts), torch.split(best.values, counts), strict=True)
+            logits = self.network.logits(model, batch, self.states(model, batch))
+            rows = torch.split(logits.float().log_softmax(dim=-1), self.frames(batch["lengths"]).tolist())
         return [
-            self._decoded(
-                collapse(labels.tolist(), logprobs.tolist(), self.blank, len(samples) / SAMPLE_RATE),
-                float(logprobs.mean()),
-                len(samples) / SAMPLE_RATE,
-                options,
-            )
-            for samples, labels, logprobs in rows
+            self._placed(row, len(samples) / SAMPLE_RATE, options)
+            for samples, row in zip(audio, rows, strict=True)
         ]
+
+    def states(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The encoder's output, `[batch, frames, d]`, as fast as can be; see `FrameNetwork.states`."""
+        return self.network.states(model, batch)
+
+    def _placed(self, row: Tensor, seconds: float, options: Options) -> Decoded:
+        """What is said in frames whose log probabilities are `[frames, labels]`."""
+        labels = self._searched(row.cpu(), options) if searches(options) else row.argmax(dim=1)
+        logprobs = row.gather(1, labels.to(row.device)[:, None])[:, 0]
+        emitted = collapse(labels.tolist(), logprobs.tolist(), self.blank, seconds)
+        return self._decoded(emitted, float(logprobs.mean()), seconds, options)
+
+    def _searched(self, row: Tensor, options: Options) -> Tensor:
+        """The labels of frames, int64 `[frames]`, of the text that a search prefers."""
+        asked = replace(options, hotwords=self.written(options.hotwords or ""))
+        text = search(row.numpy(), self._written_labels(row.shape[1]), asked)
+        return align(row, self.encode_text(text), self.blank)
+
+    def _written_labels(self, count: int) -> tuple[str, ...]:
+        tokens = [str(token) for token in self.tokenizer.convert_ids_to_tokens(list(range(count)))]
+        delimiter = getattr(self.tokenizer, "word_delimiter_token", None)
+        return written_labels(tokens, self.blank, delimiter, self.tokenizer.all_special_tokens)
 
     def _check_options(self, options: Options, previous: Sequence[Sequence[Said]]) -> None:
         if options.task != "transcribe":
             raise unknown_task(options.task, ("transcribe",), self._where, "Choose a Whisper model for that.")
         asked = {
-            "a beam size": options.beam_size > 1,
             "an initial prompt": bool(options.initial_prompt),
-            "hotwords": bool(options.hotwords),
             "the text before": any(previous),
         }
         for what, given in asked.items():

@@ -29,11 +29,25 @@ def encode(model: Any, features: Tensor) -> Tensor:
         `[batch, positions, d_model]`.
     """
     encoder = model.model.encoder
+    states = native_states(model, encoder, features, encoder.embed_positions.weight)
+    return encoder(features).last_hidden_state if states is None else states
+
+
+def native_states(model: Any, encoder: Any, features: Tensor, positions: Tensor) -> Tensor | None:
+    """What an encoder like Whisper's makes of features, in the native library; None where that cannot be.
+
+    Args:
+        model: whose encoder it is, in eval mode, its layers possibly replaced.
+        encoder: two convolutions, layers and a norm.
+        features: `[batch, mel bins, frames]`, all of them audio.
+        positions: what is added to the frames, at least as many as they are, float32 `[positions, d_model]`.
+
+    Returns:
+        `[batch, frames / 2, d_model]`.
+    """
     parts = _blocks(encoder, ("self_attn",)) if _suits(model, features) else None
-    if not all(_takes(layer) for layer in (encoder.conv1, encoder.conv2)):
-        parts = None
-    if parts is None:
-        return encoder(features).last_hidden_state  # type: ignore[no-any-return]
+    if parts is None or not all(_takes(layer) for layer in (encoder.conv1, encoder.conv2)):
+        return None
     x = features.transpose(1, 2)
     for layer in (encoder.conv1, encoder.conv2):
         x = native.convolve_frames(
@@ -46,7 +60,7 @@ def encode(model: Any, features: Tensor) -> Tensor:
             activations="int16",
         )
     heads = int(model.config.encoder_attention_heads)
-    return layers.Encoder(parts, _norm(encoder.layer_norm), heads)(x.add_(encoder.embed_positions.weight))
+    return layers.Encoder(parts, _norm(encoder.layer_norm), heads)(x.add_(positions[: x.shape[1]]))
 
 
 class NativeDecoder:

@@ -14,11 +14,14 @@ from usmlite.errors import ModelError
 from usmlite.models.adapter import Adapter
 from usmlite.models.ctc import LAYOUTS, CTCAdapter
 from usmlite.models.whisper import WhisperAdapter
+from usmlite.models.whisper_ctc_adapter import WhisperCTCAdapter
+from usmlite.models.whisper_ctc_config import MODEL_TYPE as WHISPER_CTC
 
 GUIDE = "docs/adding-a-model.md"
 
 _FAMILIES: dict[str, type[Adapter]] = {
     "whisper": WhisperAdapter,
+    WHISPER_CTC: WhisperCTCAdapter,
     **{model_type: CTCAdapter.of(layout) for model_type, layout in LAYOUTS.items()},
 }
 

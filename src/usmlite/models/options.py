@@ -35,7 +35,11 @@ class Options:
         no_speech_threshold: a window is silence if the model says so with a higher probability than this,
             and its text is not above `logprob_threshold`; None keeps every text.
         initial_prompt: text that each window is told stands before it: names, spelling, style.
-        hotwords: words to expect, told before everything else.
+        hotwords: words to expect, told before everything else; CTC models prefer them while they search.
+        language_model: a word n-gram language model for CTC models, an ARPA file or KenLM's binary form. Its
+            words must be written as the model's labels are, such as in lower case.
+        lm_weight: what its log probability counts, beside the model's own.
+        lm_bonus: what each word counts with a language model, so that it does not prefer few words.
         seed: of what is drawn above temperature 0. Every window draws from its own start: what it says
             does not depend on the others.
 
@@ -57,6 +61,9 @@ class Options:
     no_speech_threshold: float | None = 0.6
     initial_prompt: str | None = None
     hotwords: str | None = None
+    language_model: str | None = None
+    lm_weight: float = 0.5
+    lm_bonus: float = 1.5
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -191,6 +191,11 @@ class WhisperDecoding(Adapter):
         Raises:
             ModelError: the model does not know the language or the task.
         """
+        if options.language_model is not None:
+            raise ModelError(
+                "a Whisper model has no use for a word language model", where=self._where,
+                remedy="Leave that out, or choose a CTC model.",
+            )  # fmt: skip
         code = self.language_code(options.language)
         self._check_task(options.task)
         encoded = self._encode(model, features)
