@@ -20,7 +20,9 @@ HEAVY = (
     "torch", "numpy", "transformers", "accelerate", "soundfile", "jiwer", "rich", "safetensors", "altair",
     "jinja2",
 )  # fmt: skip
-COMMANDS = ("compress", "sweep", "report", "evaluate", "transcribe", "info", "demo")
+COMMANDS = (
+    "compress", "ctc", "sweep", "report", "evaluate", "transcribe", "serve", "info", "plan", "export", "demo",
+)  # fmt: skip
 
 
 def run(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -85,7 +87,7 @@ def test_help_of_compress_has_every_recipe_key(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize("command", COMMANDS)
 def test_examples_in_the_help_parse(command: str) -> None:
     parser = cli.build_parser()
-    epilog = getattr(cli, f"{command.upper()}_EPILOG") + cli.MAIN_EPILOG
+    epilog = getattr(cli, command).EPILOG + cli.MAIN_EPILOG
     lines = [line.strip().split("   ")[0] for line in epilog.splitlines() if line.startswith("  usmlite ")]
     assert lines
     for line in lines:
@@ -256,7 +258,7 @@ def test_unexpected_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch)
     def broken(arguments: object) -> int:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(cli, "_run_info", broken)
+    monkeypatch.setattr(cli.info, "run", broken)
     with pytest.raises(ZeroDivisionError):
         cli.main(["info", "tiny.en"])
 
@@ -271,7 +273,7 @@ def test_ctrl_c(
     def stopped(arguments: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, f"_run_{command}", stopped)
+    monkeypatch.setattr(getattr(cli, command), "run", stopped)
     words = [command, "tiny.en", *(["--out", "x"] if command == "compress" else [])]
     assert cli.main(words) == 130
     assert told in capsys.readouterr().err

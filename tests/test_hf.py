@@ -141,6 +141,7 @@ def test_the_order_of_imports_does_not_matter(folder: Path, order: str) -> None:
 FIRST = {
     "a model that imports the registries": "from transformers import WhisperForConditionalGeneration",
     "another model": "from transformers import BertModel",
+    "the configuration": "import transformers.models.whisper.configuration_whisper",
     "our own module": "import usmlite.models.whisper_ctc",
     "transformers": "",
 }

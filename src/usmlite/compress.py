@@ -194,7 +194,8 @@ def compress_streamed(recipe: Recipe, output: Path, console: Console) -> dict[st
             files, recipe.spec.build(), student_options(recipe), output / PACKED_FOLDER,
             coded=recipe.spec.entropy_coding, progress=progress,
         )  # fmt: skip
-    result = make_report(recipe, source, None, None, [], output)
+    size = (output / PACKED_FOLDER / WEIGHTS_NAME).stat().st_size
+    result = make_report(recipe, source, None, None, [], size)
     result["data"], result["seconds"] = {}, round(time.perf_counter() - started, 1)
     result["peak_memory_bytes"] = memory.read()[0]
     write_json(output / REPORT_FILE, result)

@@ -39,7 +39,8 @@ from usmlite.models import Teacher, WhisperAdapter, load_teacher
 from usmlite.models.vocabulary import characters, labels_of, pieces, plain
 from usmlite.models.whisper_ctc import WhisperForCTC
 from usmlite.models.whisper_ctc_adapter import WhisperCTCAdapter
-from usmlite.recipe import CTCRecipe, Recipe
+from usmlite.recipe import Recipe
+from usmlite.recipe.sections import CTCRecipe
 
 TRAINING_FOLDER, START_FOLDER = "training", "start"
 _FRAME = 0.02  # seconds of an encoder frame

@@ -37,7 +37,8 @@ from usmlite.errors import OutputError, TrainingError
 from usmlite.memory import PeakMemory
 from usmlite.models import Adapter, TimedText
 from usmlite.movement import attach
-from usmlite.recipe import Recipe, TrainingRecipe
+from usmlite.recipe import Recipe
+from usmlite.recipe.sections import TrainingRecipe
 from usmlite.schedule import moving_steps, rate
 
 # Power of speech over that of noise where noise is added, in dB: from a busy room to a quiet one.

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from usmlite.errors import RecipeError
-from usmlite.recipe import FLOAT, GRID, LISTS, Recipe, build_recipe, keys, merged, nearest, read_tables
+from usmlite.recipe import GRID, LISTS, Recipe, build_recipe, keys, merged, nearest, read_tables
+from usmlite.recipe.sections import FLOAT
 
 _NAME = "name"
 

@@ -62,7 +62,11 @@ def _loading(name: str) -> bool:
     return bool(getattr(spec, "_initializing", False))
 
 
-_BEFORE_MODEL = ("transformers.modeling_layers", "transformers.models.whisper.modeling_whisper")
+_BEFORE_MODEL = (
+    "transformers.modeling_layers",
+    "transformers.models.whisper.configuration_whisper",
+    "transformers.models.whisper.modeling_whisper",
+)
 _REGISTRIES: dict[str, Callable[[], None]] = {
     "transformers.quantizers.auto": _quantizer,
     "transformers.models.auto.configuration_auto": _configuration,

@@ -116,7 +116,7 @@ class DenseFiles:
         if family.centre is not Adapter.centre or family.restore is not Adapter.restore:
             raise ModelError(
                 "models of this family are changed as a whole before they are compressed",
-                where=folder, found=family.family, remedy="Leave out --streamed.",
+                where=folder, found=config.model_type, remedy="Leave out --streamed.",
             )  # fmt: skip
         self.shards = Shards(folder)
         self.adapter = family.from_directory(folder, config)

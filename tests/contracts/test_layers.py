@@ -46,7 +46,7 @@ def files() -> dict[str, Path]:
 
 FILES = files()
 LIGHT = (
-    *("__init__", "errors", "spec", "recipe", "grid", "shipped", "hf"),
+    *("__init__", "errors", "spec", "recipe", "recipe.sections", "grid", "shipped", "hf"),
     *(name for name in FILES if name.partition(".")[0] == "cli"),
 )
 

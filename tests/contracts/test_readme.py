@@ -139,6 +139,11 @@ def test_shell_lines_are_real(line: str, monkeypatch: pytest.MonkeyPatch) -> Non
     elif words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert words[1] in targets
+    elif words[0] == "docker":
+        assert (ROOT / "Dockerfile").is_file()
+        told = words[words.index("usmlite") + 1 :]
+        if words[1] == "run" and told:
+            cli.build_parser().parse_args(told)
     elif words[:3] == ["python", "-m", "pytest"]:
         assert all((ROOT / path).is_file() for path in words[3:])
     elif words[:2] == ["pip", "install"] and words[2] in PEERS:
@@ -231,8 +236,8 @@ def flags() -> Iterator[str]:
 
 
 def test_flags_exist() -> None:
-    # Those of the benchmarks are parsed with their lines.
-    known = {"--parts"}
+    # Those of the benchmarks are parsed with their lines; `docker stop` has --time.
+    known = {"--parts", "--time"}
     parser = cli.build_parser()
     commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
     actions = [action for command in commands.values() for action in command._actions]

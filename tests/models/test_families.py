@@ -52,8 +52,14 @@ def test_registering_replaces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert adapter_class("mine", "") is adapter_class("whisper", "")
 
 
+# What makes a model of a family that we brought ourselves, and tells Transformers of it.
+MAKERS = ("ctc", "hf")
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "src/usmlite").glob("*.py")), ids=lambda path: path.stem)
 def test_nothing_above_the_adapters_asks_for_a_family(path: Path) -> None:
+    if path.stem in MAKERS:
+        return
     code = path.read_text(encoding="utf-8")
     # The models that tests and demos start from have names; families have not.
     assert not re.search(r"\.family\b|WhisperAdapter|CTCAdapter|WhisperFor|ForCTC|model_type [!=]=", code)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from usmlite.audio import log_mel
 from usmlite.models.ctc import CTCAdapter, CTCLayout
@@ -31,10 +30,8 @@ class WhisperCTCAdapter(CTCAdapter):
     )
     config: WhisperCTCConfig
 
-    def __init__(
-        self, config: PretrainedConfig, extractor: Any, tokenizer: Any, *, where: str | Path = "tokenizer"
-    ) -> None:
-        super().__init__(config, extractor, tokenizer, where=where)
+    def _set_network(self) -> None:
+        super()._set_network()
         self.channel_axis = 1
         self.has_idle_parameters = False
         self.network = FrameNetwork(
@@ -54,6 +51,12 @@ class WhisperCTCAdapter(CTCAdapter):
     def model_class(cls) -> type[PreTrainedModel]:
         """Ours: Transformers has no such class."""
         return WhisperForCTC
+
+    def outline(self, rows: int) -> dict[str, Tensor]:
+        """See `Adapter.outline`."""
+        batch = super().outline(rows)
+        # Bins before frames, as in Whisper.
+        return {**batch, self.main_input: batch[self.main_input].transpose(1, 2)}
 
     def states(self, model: nn.Module, batch: Batch) -> Tensor:
         """See `CTCAdapter.states`: of packed models in the native library, one recording after the other.
