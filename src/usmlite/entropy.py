@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from usmlite import trellis as paths
 from usmlite.kernels import native
+from usmlite.kernels import trellis as paths
 
 _BITS = 12  # frequencies add up to 2^12
 _TOTAL = 1 << _BITS

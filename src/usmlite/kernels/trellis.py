@@ -19,7 +19,6 @@ import numpy as np
 
 from usmlite.kernels import native
 
-STATES = (4, 8, 16, 32)
 ROWS = 4096
 """After so many rows every column begins anew, so that no more rows than these need be held at once."""
 BITS = 7
@@ -34,6 +33,8 @@ _ZERO_SYMBOL = SYMBOLS // 2
 _POLYNOMIALS = {4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10)}
 # What a symbol that was never seen gets of its neighbours' counts, and of all.
 _SPREAD, _LEAST = 0.05, 1e-3 / SYMBOLS
+
+STATES = tuple(_POLYNOMIALS)
 
 
 @functools.cache
