@@ -11,6 +11,7 @@ namespace {
 constexpr int kZeroSymbol = kSymbols / 2;
 constexpr int kMostSymbol = kZeroSymbol - 1;
 constexpr float kMostStep = 126.0f;
+constexpr float kFar = 1048576.0f;
 constexpr float kNever = std::numeric_limits<float>::infinity();
 
 // Ungerboeck's codes for amplitudes: the polynomials of the next state, with the lowest coefficient left out.
@@ -53,8 +54,9 @@ struct Best {
 
 Best best_of(float step, float weight, const float* bits) {
   const int sign = step < 0 ? -1 : 1;
-  const float size = step < 0 ? -step : step;
-  // What is no number counts as the largest.
+  const float absolute = step < 0 ? -step : step;
+  // What is no number, or has no finite square, counts as very large.
+  const float size = absolute < kFar ? absolute : kFar;
   const float near = size < kMostStep ? size : kMostStep;
   // The last multiples of four steps, with each subset's offset, that are not above: then there are neighbours on both
   // sides, and one further in, which may be cheaper: zero where there is one.

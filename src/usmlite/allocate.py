@@ -39,8 +39,8 @@ _BITS = (8, 6, 5, 4, 3, 2, 1)
 _PATTERNS = (NM(3, 4), NM(2, 4), NM(1, 4))
 # Bits a weight after entropy coding.
 _RATES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.5, 5.0, 6.0)
-# States of a trellis: more of them take longer to search and nothing else. Rates below have next to nothing but zeros,
-# and those above would have columns clipped.
+# States of a trellis: more of them take longer to search and nothing else. Rates below have next to nothing
+# but zeros, and those above would have columns clipped.
 _STATES, _LEAST_TRELLIS, _MOST_TRELLIS = 32, 0.75, 4.5
 # Finer: a quarter of a bit of a token embedding is more than whole layers.
 _TABLE_RATES = (0.75, *(1 + step / 8 for step in range(21)), 4.0, 5.0)

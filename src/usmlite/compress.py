@@ -27,7 +27,7 @@ from usmlite.audio import SAMPLE_RATE, WINDOW_SECONDS
 from usmlite.calibrate import calibrate
 from usmlite.checkpoint import CheckpointFolder, load_student, save_student
 from usmlite.data import Utterance, describe_corpus, load_corpus, usable_for_training
-from usmlite.errors import DataError, OutputError, RecipeError, UsmliteError
+from usmlite.errors import DataError, OutputError, RecipeError, SpecError, UsmliteError
 from usmlite.evaluate import Evaluation, compare, describe_machine, describe_versions, evaluate
 from usmlite.histograms import weight_histograms
 from usmlite.load import (
@@ -54,7 +54,7 @@ from usmlite.packfile import WEIGHTS_NAME
 from usmlite.recipe import Recipe, load_recipe, recipe_to_dict, recipe_to_toml
 from usmlite.report import read_report
 from usmlite.runtime import Recognizer
-from usmlite.spec import KEEP, CompressionSpec, Rule, matrix_shape
+from usmlite.spec import KEEP, CompressionSpec, LayerSpec, Rule, matrix_shape
 from usmlite.streamed import DenseFiles, pack_streamed
 from usmlite.transcripts import transcribe_corpus, with_targets
 

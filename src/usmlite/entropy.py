@@ -127,12 +127,10 @@ def coded_bytes(counts: np.ndarray, side: int) -> int:
     )
 
 
-def count_codes(
-    codes: np.ndarray, bits: int, contexts: Contexts, trellis: int | None = None
-) -> np.ndarray:
+def count_codes(codes: np.ndarray, bits: int, contexts: Contexts, trellis: int | None = None) -> np.ndarray:
     """How often each code, uint8 `[rows, columns]`, occurs in each table, int64 `[tables, 2^bits]`.
 
-    With a trellis, how often each symbol does in the two tables in the place of each, int64 `[2 * tables, 128]`.
+    With a trellis, how often each symbol does in the two tables in the place of each: `[2 * tables, 128]`.
 
     Raises:
         ValueError: codes that do not follow the trellis.
@@ -163,7 +161,9 @@ def best_contexts(codes: np.ndarray, bits: int, trellis: int | None = None) -> C
     """With which tables `encode` makes least of the codes: those by size, or a single one."""
     single, several = Contexts.single(*codes.shape), Contexts.of(codes)
     sizes = [
-        coded_bytes(count_codes(codes, bits, contexts, trellis), 0 if contexts.tables == 1 else sum(codes.shape))
+        coded_bytes(
+            count_codes(codes, bits, contexts, trellis), 0 if contexts.tables == 1 else sum(codes.shape)
+        )
         for contexts in (single, several)
     ]
     return several if sizes[1] < sizes[0] else single
@@ -369,7 +369,7 @@ def _decoded(
 
 
 def _runs(count: int, lanes: int, columns: int | None) -> Iterator[tuple[int, int]]:
-    """First and last code (exclusive) of what is decoded at once: a step; with `columns`, its part of one row."""
+    """First and last code (exclusive) of what is decoded at once: a step; with `columns`, one row of it."""
     for first in range(0, count, lanes):
         last = min(first + lanes, count)
         while columns is not None and first // columns != (last - 1) // columns:

@@ -155,8 +155,8 @@ def packed_layer(
 
 def _stored(name: str, layer: CompressedLayer, *, coded: bool) -> tuple[PackedLayer, dict[str, Tensor]]:
     """What becomes of a weight and its parts; with entropy-coded codes, if they are worth it."""
-    # A rate says how scales were chosen, which a reader need not know; and with a fixed width, codes that follow
-    # a trellis are codes like any others.
+    # A rate says how scales were chosen, which a reader need not know; and with a fixed width, codes that
+    # follow a trellis are codes like any others.
     own, shape = layer.compression.spec, tuple(layer.weight.shape)
     spec = replace(own, rate=None, trellis=None)
     parts, packed = pack_layer(name, layer), PackedLayer(shape, spec)

@@ -29,8 +29,8 @@ _LEAST_SQUARE = 1e-6
 _RATE_TRIES = 10
 # On so many weights: more of them would not change the step.
 _RATE_WEIGHTS = 1 << 18
-# Steps along a trellis at the same rate: half as large and a little more, because its symbols are cheaper where codes
-# are few (docs/decisions/0030).
+# Steps along a trellis at the same rate: half as large, and a little more because the search spends fewer
+# bits (docs/decisions/0030).
 _TRELLIS_STEP = 0.55
 # Codes stay this far within their ends at first, because compensation may make a weight larger.
 _RATE_REACH = 0.9

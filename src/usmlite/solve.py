@@ -26,7 +26,7 @@ from usmlite.spec import NM, Int, LayerSpec
 DAMPING = 0.01
 # Columns between two updates of all later columns: inside, only the block's own columns are updated.
 _BLOCK_COLUMNS = 128
-# Rows solved together: a block of columns of this many rows stays in a core's cache. A trellis begins anew with each.
+# Rows solved together: a block of columns of this many rows stays in a core's cache. Trellises start anew.
 _BLOCK_ROWS = trellis.ROWS
 # Inputs that calibration never saw still count a little: other speech may use them.
 _LEAST_IMPORTANCE = 1e-4
@@ -44,8 +44,8 @@ _DAMPING_TRIES = 12
 _TABLE_DAMPING = 1.0
 # How far weights are drawn towards zero in coordinate descent, next to the walk (docs/decisions/0018).
 _DRAWN_AGAIN = 0.5
-# What a bit may cost along a trellis, in squares of steps: the slope of the rate-distortion curve is near 0.36 at
-# high rates, and all from 0.3 to 0.45 did alike (docs/decisions/0030).
+# What a bit may cost along a trellis, in squares of steps: the slope of the rate-distortion curve is near
+# 0.36 at high rates, and all from 0.3 to 0.45 did alike (docs/decisions/0030).
 _BIT_PRICE = 0.4
 # Coordinate descent after the walk: three sweeps give nearly all of what eight do.
 _SWEEPS = 3
@@ -508,8 +508,8 @@ def _walk(
 class _Paths:
     """Rounds whole columns along a trellis, where the cost of errors and of bits together is least.
 
-    What codes cost is counted from those of the last walk or sweep, in tables as the entropy coder has them: by
-    the sizes of rows and columns, and by quantizer.
+    What codes cost is counted from those of the last walk or sweep, in tables as the entropy coder has them:
+    by the sizes of rows and columns, and by quantizer.
     """
 
     def __init__(self, steps: Tensor, plan: _Plan) -> None:

@@ -207,9 +207,9 @@ class LayerSpec:
         rate: bits a weight that entropy coding shall spend on the codes. Steps are then chosen for that and
             not for the number of codes, of which there only need to be enough; rows and columns whose
             errors matter less get larger ones. They are not trained: training would change the rate.
-        trellis: codes of a column follow each other along a trellis of so many states (`trellis`), 4, 8, 16 or
-            32; None where each code stands by itself. Less error at the same rate. Such a weight is made by
-            second-order rounding, and cannot be trained.
+        trellis: codes of a column follow each other along a trellis of so many states, 4, 8, 16 or 32
+            (`kernels.trellis`); None where each code stands by itself. Less error at the same rate. Such a
+            weight is made by second-order rounding, and cannot be trained.
     """
 
     quant: Int | None = None
@@ -370,7 +370,8 @@ class LayerSpec:
             SpecError: an unknown key or an impossible value; it names `where`.
         """
         known = {
-            "bits", "symmetric", "grid", "scale_bits", "sparsity", "group", "column_scales", "rate", "trellis",
+            "bits", "symmetric", "grid", "scale_bits", "sparsity", "group", "column_scales", "rate",
+            "trellis",
         }  # fmt: skip
         unknown = sorted(set(values) - known)
         if unknown:

@@ -31,6 +31,7 @@ _ZERO_SYMBOL = SYMBOLS // 2
 # Ungerboeck's codes for amplitudes (1982, "Channel coding with multilevel/phase signals", table I): their
 # parity-check polynomials, in octal as he gives them.
 _POLYNOMIALS = {4: (0o5, 0o2), 8: (0o13, 0o4), 16: (0o23, 0o4), 32: (0o45, 0o10)}
+_FAR = 1 << 20
 # What a symbol that was never seen gets of its neighbours' counts, and of all.
 _SPREAD, _LEAST = 0.05, 1e-3 / SYMBOLS
 
@@ -39,7 +40,10 @@ STATES = tuple(_POLYNOMIALS)
 
 @functools.cache
 def transitions(states: int) -> np.ndarray:
-    """The state after a state and a symbol's parity, uint8 `[states, 2]`. A state's lowest bit is its quantizer."""
+    """The state after a state and a symbol's parity, uint8 `[states, 2]`.
+
+    A state's lowest bit is its quantizer.
+    """
     first, second = (polynomial >> 1 for polynomial in _POLYNOMIALS[states])
     state, parity = np.arange(states)[:, None], np.arange(2)
     out: np.ndarray = ((state >> 1) ^ (state & 1) * first ^ parity * second).astype(np.uint8)
@@ -74,7 +78,9 @@ def split(codes: np.ndarray, states: int) -> tuple[np.ndarray, np.ndarray]:
             state = np.zeros(codes.shape[1], np.uint8)
         quantizer, value = state & 1, step[row]
         if bool((value & 1 != quantizer)[value != 0].any()):
-            raise ValueError(f"codes of row {row} do not follow those above along a trellis of {states} states")
+            raise ValueError(
+                f"codes of row {row} do not follow those above along a trellis of {states} states"
+            )
         index = (value + quantizer * np.sign(value)) >> 1
         symbols[row], quantizers[row] = index + _ZERO_SYMBOL, quantizer
         state = following[state, index & 1]
@@ -167,9 +173,10 @@ def _searched(
 
 
 def _best(steps: np.ndarray, weight: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each of the four subsets (2 * quantizer + parity) the best symbol's cost and place, `[4, columns]`."""
+    """Of each of the four subsets (2 * quantizer + parity) the best cost, and its place, `[4, columns]`."""
     sign = np.where(steps < 0, -1, 1)
-    size = np.abs(steps)
+    # What is no number, or has no finite square, counts as very large.
+    size = np.where(np.abs(steps) < _FAR, np.abs(steps), np.float32(_FAR))
     near = np.where(size < REACH, size, np.float32(REACH))
     even, odd, three, one = (((near + np.float32(add)).astype(np.int64)) // 4 for add in (0, 2, 1, 3))
     odd, one = odd - 1, one - 1
