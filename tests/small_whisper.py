@@ -64,7 +64,7 @@ def small_student(
 
 @torch.no_grad()
 def follow_trellises(student: torch.nn.Module) -> None:
-    """Moves weights that shall follow a trellis onto the nearest path, as second-order rounding leaves them."""
+    """Moves weights onto the nearest path of their trellis, as second-order rounding leaves them."""
     for _, layer in compressed_layers(student):
         states, scale = layer.compression.spec.trellis, layer.compression.scale
         if states is None or scale is None:

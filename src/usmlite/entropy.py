@@ -135,18 +135,26 @@ def count_codes(codes: np.ndarray, bits: int, contexts: Contexts, trellis: int |
     Raises:
         ValueError: codes that do not follow the trellis.
     """
+    quantizers = None
     if trellis is not None:
-        symbols, quantizers = paths.split(codes, trellis)
-        return paths.count(symbols, quantizers, contexts.select(0, len(codes)), contexts.tables)
-    counts = np.zeros(contexts.tables << bits, np.int64)
+        (codes, quantizers), bits = paths.split(codes, trellis), paths.BITS
+    return _counted(codes, quantizers, bits, contexts)
+
+
+def _counted(codes: np.ndarray, quantizers: np.ndarray | None, bits: int, contexts: Contexts) -> np.ndarray:
+    """`count_codes`, of symbols where there are quantizers."""
+    tables = contexts.tables * (1 if quantizers is None else 2)
+    counts = np.zeros(tables << bits, np.int64)
     step = max(1, _CHUNK // max(1, codes.shape[1]))
     for low in range(0, len(codes), step):  # numpy would widen all of them to 64 bits at once
         part = codes[low : low + step]
         places = part.astype(np.int64)
         if contexts.tables > 1:
-            places += contexts.select(low, low + step) << bits
+            places += contexts.select(low, low + step) << (bits if quantizers is None else bits + 1)
+        if quantizers is not None:
+            places += quantizers[low : low + step].astype(np.int64) << bits
         counts += np.bincount(places.reshape(-1), minlength=len(counts))
-    return counts.reshape(contexts.tables, 1 << bits)
+    return counts.reshape(tables, 1 << bits)
 
 
 def entropy_of(counts: np.ndarray) -> float:
@@ -160,10 +168,11 @@ def entropy_of(counts: np.ndarray) -> float:
 def best_contexts(codes: np.ndarray, bits: int, trellis: int | None = None) -> Contexts:
     """With which tables `encode` makes least of the codes: those by size, or a single one."""
     single, several = Contexts.single(*codes.shape), Contexts.of(codes)
+    beside, quantizers = sum(codes.shape), None
+    if trellis is not None:
+        (codes, quantizers), bits = paths.split(codes, trellis), paths.BITS
     sizes = [
-        coded_bytes(
-            count_codes(codes, bits, contexts, trellis), 0 if contexts.tables == 1 else sum(codes.shape)
-        )
+        coded_bytes(_counted(codes, quantizers, bits, contexts), 0 if contexts.tables == 1 else beside)
         for contexts in (single, several)
     ]
     return several if sizes[1] < sizes[0] else single

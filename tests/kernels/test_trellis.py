@@ -122,7 +122,7 @@ def test_what_follows_the_trellis_is_nearest_to_itself() -> None:
     steps = codes.astype(np.float32) - trellis.ZERO
     assert np.array_equal(nearest(BOTH[-1], steps, 16), codes)
     codes[150, 2] += 1
-    with pytest.raises(ValueError, match="codes of row 15[0-9] do not follow"):
+    with pytest.raises(ValueError, match=r"codes of row 15[0-9] do not follow"):
         trellis.split(codes, 16)
 
 
