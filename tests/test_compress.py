@@ -3,6 +3,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -328,8 +329,8 @@ def test_a_trellis_is_for_weights_that_are_not_trained() -> None:
     check_trellis(build_recipe(trained), table, kinds)
     with pytest.raises(SpecError, match=r"trained weight cannot follow a trellis.*model\.fc1.*--no-finetune"):
         check_trellis(build_recipe(trained), linear, kinds)
+    learning = {"training": {"steps": 10, "embedding_learning_rate": 1e-5}}
     with pytest.raises(SpecError, match="trained weight cannot follow a trellis"):
-        learning = {"training": {"steps": 10, "embedding_learning_rate": 1e-5}}
         check_trellis(build_recipe(learning), table, kinds)
     with pytest.raises(SpecError, match="second-order rounding"):
         check_trellis(build_recipe({**still, "student": {"start": "magnitude"}}), table, kinds)
