@@ -273,7 +273,7 @@ def test_weights_along_a_trellis_are_smaller_and_come_back(tmp_path: Path) -> No
         layer = config["layers"]["model.encoder.layers.0.fc1"]
         assert layer.get("trellis") == (8 if coded else None)
         assert "rate" not in layer
-        loaded = load_packed(tmp_path / str(coded), hold="float32").model
+        loaded, _ = load_packed(tmp_path / str(coded), hold="float32")
         for name, module in compressed_layers(student):
             expected = fake_quantized(module)
             assert torch.equal(loaded.get_submodule(name).weight, expected), name

@@ -536,12 +536,17 @@ class Manifest:
     digest: str
     version: str
 
+    @property
+    def format_version(self) -> int:
+        """The least version of the format that can say this."""
+        plain = all(layer.trellis is None for layer in self.layers.values())
+        return _PLAIN_VERSION if plain else FORMAT_VERSION
+
     def to_dict(self) -> dict[str, Any]:
         """As config.json holds it."""
-        plain = all(layer.trellis is None for layer in self.layers.values())
         return {
             "quant_method": QUANT_METHOD,
-            "format_version": _PLAIN_VERSION if plain else FORMAT_VERSION,
+            "format_version": self.format_version,
             "digest": self.digest,
             "layers": {name: layer.to_dict() for name, layer in self.layers.items()},
             "computed": dict(self.computed),
