@@ -106,7 +106,8 @@ def costs(counts: np.ndarray) -> np.ndarray:
     smooth = counts + _SPREAD * (near[:, :-2] + near[:, 2:])
     smooth += _LEAST * (counts.sum(axis=1, keepdims=True) + 1)
     shares = smooth / smooth.sum(axis=1, keepdims=True)
-    return (-np.log2(shares)).astype(np.float32).reshape(-1, 2, SYMBOLS)
+    out: np.ndarray = (-np.log2(shares)).astype(np.float32).reshape(-1, 2, SYMBOLS)
+    return out
 
 
 def search(
