@@ -217,7 +217,12 @@ def rate_candidates(kind: str) -> tuple[LayerSpec, ...]:
 
 
 def trellis_candidates(kind: str) -> tuple[LayerSpec, ...]:
-    """The same along a trellis, but for rates at which each code by itself does as well."""
+    """The same, of tables of rows along a trellis: other weights gain too little (docs/decisions/0030).
+
+    Not at rates at which each code by itself does as well.
+    """
+    if kind not in TABLES:
+        return rate_candidates(kind)
     return tuple(
         LayerSpec.at_rate(spec.rate, _STATES) if spec.rate and _LEAST_TRELLIS <= spec.rate <= _MOST_TRELLIS
         else spec
