@@ -18,6 +18,7 @@
 #include "linear.hpp"
 #include "rans.hpp"
 #include "threads.hpp"
+#include "trellis.hpp"
 #include "weight.hpp"
 #include "whisper.hpp"
 
@@ -227,11 +228,12 @@ void step(Session& session, Memory x, size_t rows, size_t added, int threads) {
   session.alone([&](usmlite::Decoder& decoder) { decoder.step(to, rows, added, threads); });
 }
 
-void rans_decode(Memory stream, int bits, int lowest, Memory row_levels, Memory column_levels, int tables,
+void rans_decode(Memory stream, int bits, int lowest, Memory row_levels, Memory column_levels, int tables, int states,
                  Memory frequencies, Memory out) {
   usmlite::Coded coded;
   coded.bits = bits;
   coded.tables = tables;
+  coded.states = states;
   coded.lowest = lowest;
   coded.rows = row_levels.second;
   coded.columns = column_levels.second;
@@ -239,12 +241,30 @@ void rans_decode(Memory stream, int bits, int lowest, Memory row_levels, Memory 
   coded.column_levels = numbers<const uint8_t>(column_levels, coded.columns, "levels have no address");
   if (bits < 1 || bits > 8 || tables < 1) throw std::invalid_argument("impossible codes");
   coded.frequencies =
-      numbers<const uint16_t>(frequencies, product(static_cast<size_t>(tables), size_t{1} << bits), "too few frequencies");
+      numbers<const uint16_t>(frequencies, product(product(static_cast<size_t>(tables), size_t{1} << bits), states == 0 ? 1 : 2),
+                              "too few frequencies");
   coded.stream = numbers<const uint8_t>(stream, stream.second, "the stream has no address");
   coded.stream_bytes = stream.second;
   uint8_t* to = numbers<uint8_t>(out, product(coded.rows, coded.columns), "out is too small");
   nb::gil_scoped_release free;
   usmlite::rans_decode(coded, to);
+}
+
+void trellis_search(int states, size_t count, size_t rows, Memory steps, Memory costs, Memory tables, Memory bits,
+                    size_t table_count, Memory out) {
+  const size_t all = product(count, rows);
+  usmlite::TrellisSearch job;
+  job.states = states;
+  job.count = count;
+  job.rows = rows;
+  job.steps = numbers<const float>(steps, all, "steps are too few");
+  job.costs = numbers<const float>(costs, count, "costs are too few");
+  job.tables = numbers<const uint8_t>(tables, all, "tables are too few");
+  job.bits = numbers<const float>(bits, product(table_count, 2 * usmlite::kSymbols), "bits are too few");
+  job.table_count = table_count;
+  job.out = numbers<uint8_t>(out, all, "out is too small");
+  nb::gil_scoped_release free;
+  usmlite::trellis_search(job);
 }
 
 }  // namespace
@@ -258,6 +278,7 @@ NB_MODULE(_native, m) {
   });
   m.def("thread_source", &usmlite::thread_source);
   m.def("rans_decode", &rans_decode);
+  m.def("trellis_search", &trellis_search);
   m.def("attend", &attend);
   m.def("gelu", &gelu);
   m.def("normalize", &normalize);

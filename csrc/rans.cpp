@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "trellis.hpp"
+
 namespace usmlite {
 namespace {
 
@@ -47,6 +49,38 @@ bool careful_step(const uint32_t* tables, const uint32_t* starts, uint32_t* stat
   return true;
 }
 
+// What decoding needs of a trellis, and the state of every column.
+struct Trellis {
+  uint8_t next[2 * kMostStates] = {};  // by state and parity
+  uint8_t codes[2 * kSymbols] = {};    // by quantizer and symbol
+  std::vector<uint8_t> columns;
+
+  Trellis(int states, size_t count) : columns(count) {
+    for (int state = 0; state < states; ++state) {
+      for (int parity = 0; parity < 2; ++parity) next[2 * state + parity] = next_state(states, state, parity);
+    }
+    for (int symbol = 0; symbol < kSymbols; ++symbol) {
+      for (int quantizer = 0; quantizer < 2; ++quantizer) {
+        codes[quantizer * kSymbols + symbol] = trellis_code(quantizer, symbol);
+      }
+    }
+  }
+
+  // The tables of neighbours in a row, from the first ones of the two quantizers.
+  void choose(size_t column, size_t count, uint32_t* starts) const {
+    for (size_t k = 0; k < count; ++k) starts[k] = 2 * starts[k] + (static_cast<uint32_t>(columns[column + k] & 1) << kBits);
+  }
+
+  // Their symbols to codes; their columns' states move on.
+  void follow(size_t column, size_t count, uint8_t* out) {
+    for (size_t k = 0; k < count; ++k) {
+      const int state = columns[column + k], symbol = out[k];
+      out[k] = codes[(state & 1) * kSymbols + symbol];
+      columns[column + k] = next[2 * state + (symbol & 1)];
+    }
+  }
+};
+
 // Where the tables of some neighbours in a row begin, by the level of the row less the lowest sum.
 void find_tables(int level, const uint8_t* columns, size_t count, int tables, uint32_t* starts) {
   for (size_t k = 0; k < count; ++k) {
@@ -56,7 +90,8 @@ void find_tables(int level, const uint8_t* columns, size_t count, int tables, ui
 }
 
 std::vector<uint32_t> make_tables(const Coded& coded) {
-  const size_t symbols = size_t{1} << coded.bits, tables = static_cast<size_t>(coded.tables);
+  const size_t symbols = size_t{1} << coded.bits;
+  const size_t tables = static_cast<size_t>(coded.tables) * (coded.states == 0 ? 1 : 2);
   for (size_t table = 0; table < tables; ++table) {
     uint32_t sum = 0;
     for (size_t symbol = 0; symbol < symbols; ++symbol) sum += coded.frequencies[table * symbols + symbol];
@@ -83,6 +118,9 @@ void rans_decode(const Coded& coded, uint8_t* out, const Isa* isa) {
       coded.lowest > 255) {
     throw std::invalid_argument("codes have 1 to 8 bits and 1 to 64 tables");
   }
+  if (coded.states != 0 && (!is_trellis(coded.states) || coded.bits != 7)) {
+    throw std::invalid_argument("a trellis has 4, 8, 16 or 32 states, and symbols of 7 bits");
+  }
   if (coded.columns != 0 && coded.rows > SIZE_MAX / 8 / coded.columns) {
     throw std::invalid_argument("sizes are too large");
   }
@@ -97,14 +135,30 @@ void rans_decode(const Coded& coded, uint8_t* out, const Isa* isa) {
   const uint8_t* words = coded.stream + 4 * lanes;
   const uint8_t* end = coded.stream + coded.stream_bytes;
 
+  Trellis trellis(coded.states, coded.states == 0 ? 0 : coded.columns);
+  auto decode = [&](size_t lane, size_t part, uint8_t* to) {
+    const uint32_t* start = starts.data() + lane;
+    if (static_cast<size_t>(end - words) >= 2 * part) {  // a word for every lane
+      words += 2 * isa->next_codes(tables.data(), start, states.data() + lane, part, words, to);
+    } else if (!careful_step(tables.data(), start, states.data() + lane, part, words, end, to)) {
+      throw std::invalid_argument("the stream ends early");
+    }
+  };
   size_t row = 0, column = 0;
   for (size_t first = 0; first < count; first += lanes) {
-    const size_t stop = std::min(count, first + lanes), taking_part = stop - first;
-    if (coded.tables > 1) {
+    const size_t stop = std::min(count, first + lanes);
+    if (coded.tables > 1 || coded.states != 0) {
       for (size_t code = first; code < stop;) {  // a step may lie in several rows
-        const size_t part = std::min(stop - code, coded.columns - column);
+        const size_t part = std::min(stop - code, coded.columns - column), lane = code - first;
         find_tables(coded.row_levels[row] - coded.lowest, coded.column_levels + column, part, coded.tables,
-                    starts.data() + (code - first));
+                    starts.data() + lane);
+        if (coded.states != 0) {
+          // Row by row, because a code's quantizer depends on the codes above it.
+          if (column == 0 && row % kTrellisRows == 0) std::fill(trellis.columns.begin(), trellis.columns.end(), 0);
+          trellis.choose(column, part, starts.data() + lane);
+          decode(lane, part, out + code);
+          trellis.follow(column, part, out + code);
+        }
         code += part;
         column += part;
         if (column == coded.columns) {
@@ -113,11 +167,7 @@ void rans_decode(const Coded& coded, uint8_t* out, const Isa* isa) {
         }
       }
     }
-    if (static_cast<size_t>(end - words) >= 2 * taking_part) {  // a word for every lane
-      words += 2 * isa->next_codes(tables.data(), starts.data(), states.data(), taking_part, words, out + first);
-    } else if (!careful_step(tables.data(), starts.data(), states.data(), taking_part, words, end, out + first)) {
-      throw std::invalid_argument("the stream ends early");
-    }
+    if (coded.states == 0) decode(0, stop - first, out + first);
   }
   // What encoding started from; anything else was altered.
   if (words != end || std::any_of(states.begin(), states.end(), [](uint32_t x) { return x != kLowest; })) {

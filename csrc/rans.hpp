@@ -16,7 +16,8 @@ struct Coded {
   const uint8_t* row_levels = nullptr;     // [rows]
   const uint8_t* column_levels = nullptr;  // [columns]
   size_t rows = 0, columns = 0;
-  const uint16_t* frequencies = nullptr;   // [tables, 2^bits]
+  int states = 0;                          // of the trellis, 0 without one; symbols then have 7 bits
+  const uint16_t* frequencies = nullptr;   // [tables, 2^bits]; with a trellis [tables, 2, 2^bits]
   const uint8_t* stream = nullptr;         // states, then words
   size_t stream_bytes = 0;
 };

@@ -44,6 +44,13 @@ SPECS = (
             *CompressionSpec.simple(5).rules,
         )
     ),
+    CompressionSpec(
+        (
+            Rule("*.fc?", LayerSpec.at_rate(2.5, 8)),
+            Rule("*.embed_tokens", LayerSpec.at_rate(3.0, 32)),
+            *CompressionSpec.simple(4).rules,
+        )
+    ),
 )
 # In one child, so that what piles up does not.
 _CASES = 100

@@ -6,9 +6,11 @@ import torch
 from transformers import WhisperConfig, WhisperForConditionalGeneration, WhisperTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from usmlite.kernels import trellis
 from usmlite.models import WhisperAdapter
+from usmlite.quantize import round_scale
 from usmlite.spec import CompressionSpec
-from usmlite.student import StudentOptions, make_student, round_kept
+from usmlite.student import StudentOptions, compressed_layers, from_matrix, make_student, round_kept
 
 SPECIAL = ("<|endoftext|>", "<|startoftranscript|>", "<|translate|>", "<|transcribe|>", "<|startoflm|>",
            "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>")  # fmt: skip
@@ -55,8 +57,24 @@ def small_student(
     teacher, adapter = small_teacher(seed, **changes)
     spec = spec or CompressionSpec.simple(4, "2:4")
     student = make_student(teacher, adapter.compressible(teacher), spec, options)
+    follow_trellises(student)
     round_kept(student)
     return student.eval(), adapter
+
+
+@torch.no_grad()
+def follow_trellises(student: torch.nn.Module) -> None:
+    """Moves weights onto the nearest path of their trellis, as second-order rounding leaves them."""
+    for _, layer in compressed_layers(student):
+        states, scale = layer.compression.spec.trellis, layer.compression.scale
+        if states is None or scale is None:
+            continue
+        # As much finer as `rate_scales` makes them.
+        scale.copy_(round_scale(scale * 0.55, 8))
+        steps = layer.compression.matrix(layer.weight) / scale
+        codes = torch.from_numpy(trellis.nearest(steps.numpy(), states)).float()
+        values = (codes - trellis.ZERO) * scale * layer.compression.column_scale
+        layer.weight.copy_(from_matrix(values, layer.weight.shape))
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:

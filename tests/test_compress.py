@@ -3,6 +3,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ import torch
 from rich.console import Console
 
 from small_whisper import small_teacher
-from usmlite.compress import Speech, compress, expected_bytes, training_targets
-from usmlite.errors import OutputError, RecipeError, UsmliteError
+from usmlite.compress import Speech, _candidates, check_trellis, compress, expected_bytes, training_targets
+from usmlite.errors import OutputError, RecipeError, SpecError, UsmliteError
 from usmlite.evaluate import Evaluation
 from usmlite.load import load
 from usmlite.models import load_teacher
 from usmlite.recipe import Recipe, build_recipe, load_recipe
+from usmlite.spec import CompressionSpec, LayerSpec, Rule
 
 TEXTS = ["hello", "good day", "a tree", "the sea", "no", "yes we go"]
 
@@ -316,3 +318,36 @@ def test_corpora_in_capitals_become_sentences(model, tmp_path, speech):
 def test_errors_are_usmlites_own(model, speech, tmp_path):
     with pytest.raises(UsmliteError):
         compress(recipe(model, tmp_path / "nothing"), tmp_path / "run")
+
+
+def test_a_trellis_is_for_weights_that_are_not_trained() -> None:
+    kinds = {"model.fc1": "linear", "model.embed_tokens": "embedding"}
+    linear = CompressionSpec((Rule("*.fc1", LayerSpec.at_rate(2.0, 8)),))
+    table = CompressionSpec((Rule("*.embed_tokens", LayerSpec.at_rate(2.0, 8)),))
+    still, trained = ({"training": {"steps": steps}} for steps in (0, 10))
+    check_trellis(build_recipe(still), linear, kinds)
+    check_trellis(build_recipe(trained), table, kinds)
+    with pytest.raises(SpecError, match=r"model\.fc1: a trained weight cannot follow.*--no-finetune"):
+        check_trellis(build_recipe(trained), linear, kinds)
+    learning = {"training": {"steps": 10, "embedding_learning_rate": 1e-5}}
+    with pytest.raises(SpecError, match="trained weight cannot follow a trellis"):
+        check_trellis(build_recipe(learning), table, kinds)
+    with pytest.raises(SpecError, match="second-order rounding"):
+        check_trellis(build_recipe({**still, "student": {"start": "magnitude"}}), table, kinds)
+
+
+@pytest.mark.parametrize(
+    ("settings", "along"),
+    [
+        ({"training": {"steps": 0}}, {"embedding"}),
+        ({"training": {"steps": 5}}, {"embedding"}),
+        ({"training": {"steps": 5, "embedding_learning_rate": 1e-5}}, set()),
+        ({"training": {"steps": 0}, "student": {"start": "activation"}}, set()),
+        ({"training": {"steps": 0}, "spec": {"entropy_coding": False}}, set()),
+    ],
+)
+def test_trellis_candidates_are_for_what_stays(settings: dict[str, Any], along: set[str]) -> None:
+    spec = {**settings.get("spec", {}), "candidates": "trellis"}
+    candidates = _candidates(build_recipe({**settings, "spec": spec}))
+    found = {kind for kind in ("linear", "embedding") if any(each.trellis for each in candidates(kind))}
+    assert found == along

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from usmlite import entropy
 from usmlite.entropy import Contexts
-from usmlite.kernels import native
+from usmlite.kernels import native, trellis
 
 # NumPy's, and the native library's where there is one.
 DECODERS = ["reference", *native.paths()[:1]]
@@ -31,10 +31,16 @@ def normal_codes(rng: np.random.Generator, bits: int, width: object, shape: tupl
 
 
 def decode(
-    decoder: str, data: np.ndarray, bits: int, shape: tuple[int, int], tables: int, beside: int = 0
+    decoder: str,
+    data: np.ndarray,
+    bits: int,
+    shape: tuple[int, int],
+    tables: int,
+    beside: int = 0,
+    states: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     with mock.patch.dict(os.environ, {native.VARIABLE: decoder}):
-        return entropy.decode(data, bits, shape, tables, beside)
+        return entropy.decode(data, bits, shape, tables, beside, trellis=states)
 
 
 def comes_back(codes: np.ndarray, bits: int, contexts: Contexts, beside: np.ndarray | None = None) -> bool:
@@ -177,6 +183,79 @@ def test_both_decoders_make_the_same_of_hostile_bytes(data: st.DataObject) -> No
     assert results[0] == results[1]
 
 
+def along_trellis(rng: np.random.Generator, shape: tuple[int, int], size: float, states: int) -> np.ndarray:
+    return trellis.nearest(rng.normal(0, size, shape).astype(np.float32), states)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(trellis.STATES),
+    st.integers(1, 70),
+    st.integers(1, 70),
+    st.sampled_from([0.2, 2.0, 60.0]),
+    st.integers(0, 2**32 - 1),
+)
+def test_codes_along_a_trellis_come_back(
+    states: int, rows: int, columns: int, size: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    codes, beside = along_trellis(rng, (rows, columns), size, states), rng.integers(0, 9, 5).astype(np.uint8)
+    levels = [rng.integers(0, 5, count).astype(np.uint8) for count in (rows, columns)]
+    contexts = Contexts(levels[0], levels[1], 2, int(rng.integers(1, 9)))
+    data = entropy.encode(codes, 8, contexts, beside, trellis=states)
+    for decoder in DECODERS:
+        found, others = decode(decoder, data, 8, codes.shape, contexts.tables, 5, states)
+        assert np.array_equal(found, codes)
+        assert np.array_equal(others, beside)
+
+
+@pytest.mark.parametrize("columns", [3, 100])
+def test_a_long_trellis_comes_back_over_its_new_beginnings(columns: int) -> None:
+    """With more lanes than columns, and with fewer."""
+    codes = along_trellis(np.random.default_rng(0), (2 * trellis.ROWS + 5, columns), 2.0, 8)
+    contexts = entropy.best_contexts(codes, 8, 8)
+    data = entropy.encode(codes, 8, contexts, trellis=8)
+    for decoder in DECODERS:
+        assert np.array_equal(decode(decoder, data, 8, codes.shape, contexts.tables, 0, 8)[0], codes)
+    counts = entropy.count_codes(codes, 8, contexts, 8)
+    side = 0 if contexts.tables == 1 else sum(codes.shape)
+    assert len(data) == pytest.approx(entropy.coded_bytes(counts, side), rel=0.03)
+
+
+def test_codes_beside_the_trellis_are_refused() -> None:
+    codes = along_trellis(np.random.default_rng(0), (40, 30), 2.0, 8)
+    codes[7, 3] ^= 1
+    with pytest.raises(ValueError, match="do not follow"):
+        entropy.encode(codes, 8, Contexts.single(40, 30), trellis=8)
+
+
+@pytest.mark.skipif(not native.paths(), reason="installed without the native library")
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_both_decoders_make_the_same_of_a_hostile_trellis(data: st.DataObject) -> None:
+    """The same codes, or the same refusal in the same words; whatever is decoded follows the trellis."""
+    states, tables = data.draw(st.sampled_from(trellis.STATES)), data.draw(st.integers(1, 64))
+    shape = data.draw(st.tuples(st.integers(1, 60), st.integers(1, 60)))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    levels = [rng.integers(0, 256, count).astype(np.uint8) for count in shape]
+    contexts = Contexts(levels[0], levels[1], int(rng.integers(0, 256)), tables)
+    coded = entropy.encode(along_trellis(rng, shape, 3.0, states), 8, contexts, trellis=states)
+    first = 4 + int(coded[:4].view("<u4")[0])
+    for place in data.draw(st.lists(st.integers(first, len(coded) - 1), max_size=3)):
+        coded[place] ^= data.draw(st.integers(1, 255))
+    coded = coded[: data.draw(st.integers(0, len(coded)) | st.just(len(coded)))]
+    results: list[object] = []
+    for decoder in DECODERS:
+        try:
+            found = decode(decoder, coded, 8, shape, tables, 0, states)[0]
+        except ValueError as error:
+            results.append(str(error))
+        else:
+            trellis.split(found, states)
+            results.append(found.tolist())
+    assert results[0] == results[1]
+
+
 @pytest.mark.skipif(not native.paths(), reason="installed without the native library")
 def test_the_native_decoder_compares_all_sizes() -> None:
     rng = np.random.default_rng(0)
@@ -196,9 +275,11 @@ def test_the_native_decoder_compares_all_sizes() -> None:
         {"bits": 9},
         {"lowest": -1},
         {"lowest": 256},
+        {"states": 8},
+        {"states": 5},
     ):
         arguments = {"stream": stream, "frequencies": frequencies, "bits": 4, "levels": levels, "lowest": 1}
-        with pytest.raises(ValueError, match=r"codes|frequencies|expected|add up"):
+        with pytest.raises(ValueError, match=r"codes|frequencies|expected|add up|trellis"):
             native.decode_stream(**{**arguments, **wrong})  # type: ignore[arg-type]
 
 

@@ -90,7 +90,7 @@ def test_damage_is_found_here_too(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(PackedModelError, match="altered after packing"):
         AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path)
     config = (folder / "config.json").read_text()
-    (tmp_path / "config.json").write_text(config.replace('"format_version": 2', '"format_version": 3'))
+    (tmp_path / "config.json").write_text(config.replace('"format_version": 2', '"format_version": 4'))
     with pytest.raises(PackedModelError, match="newer usmlite"):
         AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path)
 

@@ -18,7 +18,7 @@ from usmlite.pack import pack
 from usmlite.packed import load_packed
 from usmlite.packfile import Manifest, WeightsFile, WeightsWriter
 from usmlite.spec import CompressionSpec, Int, LayerSpec, Rule, matrix_shape
-from usmlite.student import StudentOptions, compressed_layers, make_student, round_kept
+from usmlite.student import StudentOptions, compressed_layers, fake_quantized, make_student, round_kept
 
 
 def test_the_directory_is_laid_out_as_hugging_face_expects(tmp_path: Path) -> None:
@@ -258,3 +258,34 @@ def test_entropy_coding_changes_the_file_and_not_the_model(tmp_path: Path) -> No
     ours, theirs = one.state_dict(), two.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_weights_along_a_trellis_are_smaller_and_come_back(tmp_path: Path) -> None:
+    rules = (Rule("*.fc1", LayerSpec.at_rate(2.5, 8)), Rule("*.embed_tokens", LayerSpec.at_rate(3.0, 32)))
+    spec = CompressionSpec((*rules, *CompressionSpec.simple(4).rules))
+    student, adapter = small_student(spec, encoder_ffn_dim=4200)
+    sizes = {}
+    for coded in (True, False):
+        packed = pack(student, adapter, tmp_path / str(coded), coded=coded)
+        config = json.loads((tmp_path / str(coded) / "config.json").read_text())["quantization_config"]
+        # Without entropy coding they are codes like all others.
+        assert config["format_version"] == (3 if coded else 2)
+        layer = config["layers"]["model.encoder.layers.0.fc1"]
+        assert layer.get("trellis") == (8 if coded else None)
+        assert "rate" not in layer
+        loaded, _ = load_packed(tmp_path / str(coded), hold="float32")
+        for name, module in compressed_layers(student):
+            expected = fake_quantized(module)
+            assert torch.equal(loaded.get_submodule(name).weight, expected), name
+        sizes[coded] = packed.weights_bytes
+    assert sizes[True] < 0.6 * sizes[False]
+
+
+def test_weights_that_left_their_trellis_are_not_packed(tmp_path: Path) -> None:
+    spec = CompressionSpec((Rule("*.fc1", LayerSpec.at_rate(2.5, 8)), *CompressionSpec.simple(4).rules))
+    student, adapter = small_student(spec)
+    with torch.no_grad():
+        student.get_submodule("model.encoder.layers.0.fc1").weight.mul_(1.1)
+    with pytest.raises(ModelError, match=r"fc1\.weight.*does not follow its trellis.*hessian"):
+        pack(student, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

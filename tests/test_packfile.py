@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from usmlite import entropy, kernels, packfile
 from usmlite import quantize as q
 from usmlite.errors import ModelError, OutputError, PackedModelError
+from usmlite.kernels import trellis
 from usmlite.packfile import Manifest, PackedLayer, WeightsFile, WeightsWriter
 from usmlite.sparsify import nm_mask
 from usmlite.spec import NM, Int, LayerSpec, matrix_shape
@@ -423,8 +424,9 @@ def test_the_fourth_code_of_a_ternary_weight_is_refused(place: int) -> None:
     ("change", "match"),
     [
         ({"quant_method": "gptq"}, "not a packed model of usmlite .*found quant_method 'gptq'"),
-        ({"format_version": 3}, "newer usmlite .*expected 2, found 3.*pip install"),
-        ({"format_version": 1}, "before its first release.*expected 2, found 1.*again"),
+        ({"format_version": 4}, "newer usmlite .*expected 2 or 3, found 4.*pip install"),
+        ({"format_version": 1}, "before its first release.*expected 2 or 3, found 1.*again"),
+        ({"format_version": 2.0}, "unusable format version"),
         ({"format_version": "1"}, "unusable format version"),
         ({"format_version": True}, "unusable format version"),
         ({"format_version": 0}, "unusable format version"),
@@ -661,14 +663,14 @@ def test_part_shapes_cost_what_the_spec_says() -> None:
 
 
 def read_coded_by_the_document(
-    data: bytes, bits: int, rows: int, columns: int, tables: int, beside: int
+    data: bytes, bits: int, rows: int, columns: int, tables: int, beside: int, states_of: int = 0
 ) -> tuple[list[int], list[int]]:
     """Entropy-coded codes and what lies with them, read one by one as docs/format.md says."""
     (size,) = struct.unpack("<I", data[:4])
     side, data = zlib.decompress(data[4 : 4 + size]), data[4 + size :]
     lowest, row_levels, column_levels = side[0], side[1 : 1 + rows], side[1 + rows : 1 + rows + columns]
-    frequencies = []
-    for _ in range(tables):
+    frequencies, bits = [], 7 if states_of else bits
+    for _ in range(2 * tables if states_of else tables):
         first, more = data[0], data[1] + 1
         found = struct.unpack(f"<{more}H", data[2 : 2 + 2 * more])
         frequencies.append([0] * first + list(found) + [0] * ((1 << bits) - first - more))
@@ -677,18 +679,29 @@ def read_coded_by_the_document(
     lanes = max(1, min(count, 32 + count // 16384))
     states = list(struct.unpack(f"<{lanes}I", data[: 4 * lanes]))
     words = [word for (word,) in struct.iter_unpack("<H", data[4 * lanes :])]
-    codes = []
+    codes, places = [], [0] * columns
+    quantizer_bits, parity_bits = {0: (0, 0), 4: (2, 1), 8: (5, 2), 16: (9, 2), 32: (18, 4)}[states_of]
     for first in range(0, count, lanes):
         active = range(min(lanes, count - first))
         for lane in active:
             row, column = divmod(first + lane, columns)
             level = row_levels[row] + column_levels[column] - lowest
-            table = frequencies[min(max(level, 0), tables - 1)]
+            table = min(max(level, 0), tables - 1)
+            if states_of:
+                places[column] = 0 if row % 4096 == 0 else places[column]
+                table = 2 * table + places[column] % 2
+            table = frequencies[table]
             slot, start, code = states[lane] % 4096, 0, 0
             while slot >= start + table[code]:
                 start += table[code]
                 code += 1
-            codes.append(code)
+            if states_of:
+                k, place = code - 64, places[column]
+                sign = (k > 0) - (k < 0)
+                codes.append(128 + 2 * k - (sign if place % 2 else 0))
+                places[column] = place // 2 ^ place % 2 * quantizer_bits ^ k % 2 * parity_bits
+            else:
+                codes.append(code)
             states[lane] = table[code] * (states[lane] // 4096) + slot - start
         for lane in active:
             if states[lane] < 1 << 16:
@@ -714,6 +727,43 @@ def test_another_reader_decodes_the_same(bits: int, rows: int, columns: int) -> 
     assert found == (array.reshape(-1).tolist(), beside.tolist())
 
 
+@pytest.mark.parametrize(("states", "rows", "columns"), [(4, 50, 40), (8, 4100, 3), (16, 1, 9), (32, 90, 7)])
+def test_another_reader_decodes_a_trellis(states: int, rows: int, columns: int) -> None:
+    generator = torch.Generator().manual_seed(states)
+    codes = trellis.nearest(torch.randn(rows, columns, generator=generator).mul(3).numpy(), states)
+    contexts = entropy.Contexts.of(codes)
+    data = entropy.encode(codes, 8, contexts, trellis=states)
+    found = read_coded_by_the_document(data.tobytes(), 8, rows, columns, contexts.tables, 0, states)
+    assert found == (codes.reshape(-1).tolist(), [])
+
+
+def test_layers_along_a_trellis_are_checked() -> None:
+    spec = LayerSpec(Int(8, scale_bits=8), column_scales=True)
+    codes = torch.from_numpy(trellis.nearest(torch.randn(64, 96).mul(2).numpy(), 8))
+    ones = kernels.scale_codes(torch.ones(160))
+    fixed = {"codes": codes, "scale": ones[:64].unsqueeze(1), "column_scale": ones[64:]}
+    layer, parts = PackedLayer((64, 96), spec).encoded(fixed, codes, 8)
+    assert layer.trellis == 8
+    assert set(parts) == {"coded"}
+    assert_same(layer.decoded(parts, where="w"), fixed)
+    assert packfile._read_layer(layer.to_dict(), 3, "here") == layer
+    for values, version in (
+        (layer.to_dict(), 2),
+        ({**layer.to_dict(), "trellis": 5}, 3),
+        ({**layer.to_dict(), "trellis": True}, 3),
+        ({**layer.to_dict(), "trellis": [8]}, 3),
+        ({**layer.to_dict(), "bits": 7}, 3),
+        ({**layer.to_dict(), "symmetric": False}, 3),
+        ({**layer.to_dict(), "sparsity": "2:4"}, 3),
+        ({**layer.to_dict(), "coded": None}, 3),
+    ):
+        with pytest.raises(PackedModelError, match=r"here\.trellis|here\.tables|here\.coded"):
+            packfile._read_layer(values, version, "here")
+    codes[5, 5] ^= 1
+    with pytest.raises(ModelError, match=r"does not follow its trellis.*hessian"):
+        PackedLayer((64, 96), spec).encoded(fixed, codes, 8)
+
+
 def test_coded_layers_are_checked() -> None:
     spec = LayerSpec(Int(4))
     codes = torch.randn(64, 96).mul(1.5).add(8).round().clamp(0, 15).to(torch.uint8)
@@ -721,12 +771,12 @@ def test_coded_layers_are_checked() -> None:
     layer, parts = PackedLayer((64, 96), spec).encoded(fixed, codes)
     assert layer.coded == len(parts["coded"]) < 64 * 48
     assert_same(layer.decoded(parts, where="w"), fixed)
-    assert packfile._read_layer(layer.to_dict(), "here") == layer
+    assert packfile._read_layer(layer.to_dict(), 2, "here") == layer
     with pytest.raises(PackedModelError, match=r"w\.coded"):
         layer.decoded({**parts, "coded": parts["coded"].flip(0)}, where="w")
     for wrong in (0, 64 * 48, 64 * 48 // 16 - 1, True, "many", 1.5):
         with pytest.raises(PackedModelError, match=r"here\.coded.*expected 192 to 3071"):
-            packfile._read_layer({**layer.to_dict(), "coded": wrong}, "here")
+            packfile._read_layer({**layer.to_dict(), "coded": wrong}, 2, "here")
 
 
 def test_scales_of_8_bits_lie_with_the_coded_codes() -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import os
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor
 
 from correlated import correlated, output_error
+from usmlite import entropy
 from usmlite import quantize as q
-from usmlite.solve import Problem, _plan, _walk, drafts, solve
+from usmlite.errors import SpecError
+from usmlite.kernels import native, trellis
+from usmlite.solve import Problem, _plan, _walk, drafts, relative_error, solve
 from usmlite.sparsify import nm_mask
 from usmlite.spec import NM, Int, LayerSpec
 
@@ -112,3 +119,51 @@ def test_tables_are_not_rounded_inward() -> None:
     eye = torch.eye(4)
     assert Problem(torch.ones(3, 4), eye, 0.01).inward
     assert not Problem(torch.ones(3, 4), eye, 0.01, is_table=True).inward
+
+
+def relative(rate: float, states: int | None, hessian: Tensor, weight: Tensor) -> tuple[float, float]:
+    """Bits a weight, and the error, with codes one by one or along a trellis."""
+    spec, problem = LayerSpec.at_rate(rate, states), Problem(weight, hessian, 0.01)
+    assert spec.quant is not None
+    scale, columns = problem.rate_scales(spec.quant, rate, None, along_trellis=states is not None)
+    found = solve(weight, hessian, spec, scale=scale, column_scale=columns, inward=True)
+    codes = q.quantize(found.values, scale, None, spec.quant, None)
+    # What a student would round plainly is what was chosen here.
+    assert torch.equal(codes, q.quantize(found.master, scale, None, spec.quant, None))
+    contexts = entropy.Contexts.single(*codes.shape)
+    bits = entropy.entropy_of(entropy.count_codes(codes.numpy(), 8, contexts, states))
+    return bits, relative_error(weight, found.values * columns, hessian)
+
+
+@pytest.mark.parametrize("rate", [1.25, 2.5])
+def test_a_trellis_has_less_error_for_the_bits(rate: float) -> None:
+    inputs = correlated(2000, 96)
+    weight = torch.randn(768, 96, generator=torch.Generator().manual_seed(5))
+    hessian = inputs.T @ inputs / len(inputs)
+    bits, error = relative(rate, None, hessian, weight)
+    other_bits, other_error = relative(rate, 8, hessian, weight)
+    saved = (math.log2(error / other_error)) / 2 + bits - other_bits
+    assert 0.06 < saved < 0.25
+
+
+def test_a_trellis_is_the_same_with_and_without_the_native_library() -> None:
+    inputs = correlated(500, 24)
+    weight = torch.randn(70, 24, generator=torch.Generator().manual_seed(6))
+    found = []
+    for kernels in {"reference", *native.paths()[:1]}:
+        with mock.patch.dict(os.environ, {native.VARIABLE: kernels}):
+            found.append(relative(2.0, 4, inputs.T @ inputs, weight))
+    assert all(each == found[0] for each in found)
+
+
+def test_a_trellis_needs_scales() -> None:
+    with pytest.raises(SpecError, match="a trellis without scales"):
+        solve(torch.ones(3, 4), torch.eye(4), LayerSpec.at_rate(2.0, 8))
+
+
+def test_rows_of_a_long_trellis_are_solved_in_parts() -> None:
+    """More rows than a trellis is long: they begin anew, and the codes follow it in all parts."""
+    weight = torch.randn(trellis.ROWS + 100, 4, generator=torch.Generator().manual_seed(7))
+    bits, error = relative(2.5, 8, torch.eye(4) + 0.5, weight)
+    assert 2.0 < bits < 3.0
+    assert 0 < error < 0.1

@@ -329,3 +329,22 @@ def test_scales_of_8_bits_survive_their_dict_and_take_half() -> None:
 def test_impossible_rates(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         LayerSpec.from_dict(wrong)
+
+
+def test_a_trellis_goes_with_a_rate() -> None:
+    spec = LayerSpec.at_rate(2.5, 8)
+    assert LayerSpec.from_dict(spec.to_dict()) == spec
+    assert spec.to_dict()["trellis"] == 8
+    assert str(spec) == "2.5 bits coded, trellis 8"
+    assert spec.with_precision(4) == LayerSpec.at_rate(4.0, 8)
+    for wrong in (5, 0, True, "8", 8.0, 64):
+        with pytest.raises(SpecError, match=r"unusable trellis.*4, 8, 16, 32 states"):
+            LayerSpec.from_dict({**spec.to_dict(), "trellis": wrong}, where="here")
+    with pytest.raises(SpecError, match="a trellis without a rate"):
+        LayerSpec.from_dict({"bits": 8, "trellis": 8})
+    with pytest.raises(SpecError, match="a trellis without a rate"):
+        LayerSpec(Int(4), NM(2, 4), trellis=8)
+    with pytest.raises(SpecError, match="a rate with sparsity"):
+        LayerSpec.from_dict({**spec.to_dict(), "sparsity": "2:4"})
+    with pytest.raises(SpecError, match=r"a trellis without a rate.*integer codes of 8 bits"):
+        LayerSpec(Int(7, scale_bits=8), column_scales=True, rate=2.0, trellis=8)

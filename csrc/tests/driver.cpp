@@ -18,6 +18,7 @@
 #include "linear.hpp"
 #include "rans.hpp"
 #include "threads.hpp"
+#include "trellis.hpp"
 #include "weight.hpp"
 #include "whisper.hpp"
 
@@ -197,7 +198,9 @@ void check_refusal() {
 
 void check_rans() {
   Coded coded;
-  coded.bits = static_cast<int>(between(1, 8));
+  const int trellises[] = {0, 0, 0, 4, 8, 16, 32, 7};
+  coded.states = trellises[below(8)];
+  coded.bits = coded.states != 0 && below(8) != 0 ? 7 : static_cast<int>(between(1, 8));
   coded.tables = static_cast<int>(between(1, 64));
   coded.lowest = static_cast<int>(below(256));
   coded.rows = below(60);
@@ -205,7 +208,8 @@ void check_rans() {
   const Buffer rows(coded.rows), columns(coded.columns);
   coded.row_levels = rows.data.get();
   coded.column_levels = columns.data.get();
-  const size_t symbols = size_t{1} << coded.bits, tables = static_cast<size_t>(coded.tables);
+  const size_t symbols = size_t{1} << coded.bits;
+  const size_t tables = static_cast<size_t>(coded.tables) * (coded.states == 0 ? 1 : 2);
   const Buffer frequencies(2 * symbols * tables);
   uint16_t* at = reinterpret_cast<uint16_t*>(frequencies.data.get());
   // Most of them add up: only then is there anything to decode.
@@ -248,6 +252,47 @@ void make_wild(Floats& numbers) {
   for (size_t i = 0; i < numbers.count; ++i) {
     const uint32_t bits = static_cast<uint32_t>(generator());
     std::memcpy(numbers.data.get() + i, &bits, sizeof(bits));
+  }
+}
+
+void check_trellis() {
+  TrellisSearch job;
+  job.states = 4 << below(4);
+  job.count = below(4);
+  job.rows = below(2) == 0 ? below(60) : 4090 + below(20);
+  job.table_count = below(4);
+  Floats steps(job.count * job.rows, -150.0f, 150.0f), costs(job.count, 0.0f, 4.0f);
+  Floats bits(job.table_count * 2 * kSymbols, 0.0f, 9.0f);
+  if (below(3) == 0) {
+    for (Floats* each : {&steps, &costs, &bits}) {
+      if (below(2) == 0) make_wild(*each);
+    }
+  }
+  Buffer tables(job.count * job.rows), out(job.count * job.rows);
+  for (size_t i = 0; i < tables.size; ++i) tables.data[i] %= static_cast<uint8_t>(job.table_count + (below(9999) == 0) + 1);
+  if (job.table_count != 0 && below(4) != 0) {
+    for (size_t i = 0; i < tables.size; ++i) tables.data[i] %= static_cast<uint8_t>(job.table_count);
+  }
+  job.steps = steps.data.get();
+  job.costs = costs.data.get();
+  job.bits = bits.data.get();
+  job.tables = tables.data.get();
+  job.out = out.data.get();
+  try {
+    trellis_search(job);
+  } catch (const std::invalid_argument&) {
+    return;
+  }
+  // What was found follows the trellis.
+  for (size_t column = 0; column < job.count; ++column) {
+    int state = 0;
+    for (size_t row = 0; row < job.rows; ++row) {
+      if (row % kTrellisRows == 0) state = 0;
+      const int value = job.out[column * job.rows + row] - 128, quantizer = state & 1;
+      if (value != 0 && (value & 1) != quantizer) fail("a code beside its trellis");
+      const int index = (value + quantizer * ((value > 0) - (value < 0))) / 2;
+      state = next_state(job.states, state, index & 1);
+    }
   }
 }
 
@@ -391,6 +436,7 @@ int main(int count, char** arguments) {
     check_product();
     check_refusal();
     check_rans();
+    check_trellis();
     check_attention();
     check_layers();
     check_threads();

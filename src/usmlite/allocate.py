@@ -26,6 +26,7 @@ from usmlite import entropy
 from usmlite import quantize as q
 from usmlite.errors import SpecError
 from usmlite.fisher import FISHER_BATCHES, output_fisher
+from usmlite.kernels import trellis
 from usmlite.moments import Moments, collect_moments
 from usmlite.network import SEQUENCE_TO_SEQUENCE, Batch, Network
 from usmlite.solve import DAMPING, Problem, corrected_bias, drafts, relative_error
@@ -38,6 +39,9 @@ _BITS = (8, 6, 5, 4, 3, 2, 1)
 _PATTERNS = (NM(3, 4), NM(2, 4), NM(1, 4))
 # Bits a weight after entropy coding.
 _RATES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 4.0, 4.5, 5.0, 6.0)
+# States of a trellis: more of them take longer to search and nothing else. Rates below have next to nothing
+# but zeros, and those above would have columns clipped.
+_STATES, _LEAST_TRELLIS, _MOST_TRELLIS = 32, 0.75, 4.5
 # Finer: a quarter of a bit of a token embedding is more than whole layers.
 _TABLE_RATES = (0.75, *(1 + step / 8 for step in range(21)), 4.0, 5.0)
 # Above this, pruning never beat the same bytes in fewer bits, in any weight that was tried.
@@ -212,12 +216,31 @@ def rate_candidates(kind: str) -> tuple[LayerSpec, ...]:
     return tuple(LayerSpec.at_rate(rate) for rate in (_TABLE_RATES if kind in TABLES else _RATES))
 
 
+def trellis_candidates(kind: str) -> tuple[LayerSpec, ...]:
+    """The same, of tables of rows along a trellis: other weights gain too little (docs/decisions/0030).
+
+    Not at rates at which each code by itself does as well.
+    """
+    if kind not in TABLES:
+        return rate_candidates(kind)
+    return tuple(
+        LayerSpec.at_rate(spec.rate, _STATES) if spec.rate and _LEAST_TRELLIS <= spec.rate <= _MOST_TRELLIS
+        else spec
+        for spec in rate_candidates(kind)
+    )  # fmt: skip
+
+
 def default_candidates(kind: str) -> tuple[LayerSpec, ...]:
     """What weights of a kind may become where their codes are entropy-coded."""
     return (*integer_candidates(kind), *rate_candidates(kind))
 
 
-CANDIDATES = {"all": default_candidates, "integer": integer_candidates, "rate": rate_candidates}
+CANDIDATES = {
+    "all": default_candidates,
+    "integer": integer_candidates,
+    "rate": rate_candidates,
+    "trellis": trellis_candidates,
+}
 
 
 def _grid(bits: int) -> Any:
@@ -378,9 +401,9 @@ def _measured(
             if scale is not None:
                 # All rows, rounded plainly: how they share tables of frequencies does not show in some
                 # of them. Compensation spends more, drawing in spends less.
-                plain = q.quantize(_over(matrix[sample], columns), scale[sample], None, spec.quant, None)
-                more = _bits(codes, spec.quant) / max(_bits(plain, spec.quant), 1e-9)
-                codes = q.quantize(_over(matrix, columns), scale, None, spec.quant, None)
+                plain = _plainly(_over(matrix[sample], columns), scale[sample], None, spec)
+                more = _bits(codes, spec) / max(_bits(plain, spec), 1e-9)
+                codes = _plainly(_over(matrix, columns), scale, None, spec)
                 ratio = more
             size = _coded_bytes(codes, spec, *matrix.shape, ratio=ratio)
         yield Candidate(spec, size, error, sensitivity * error)
@@ -393,7 +416,7 @@ def _given_scales(
     if spec.quant is None:
         return None, None
     if spec.rate is not None:
-        return problem.rate_scales(spec.quant, spec.rate, octaves)
+        return problem.rate_scales(spec.quant, spec.rate, octaves, along_trellis=spec.trellis is not None)
     return None, q.column_scales(problem.matrix, spec.quant) if spec.column_scales else None
 
 
@@ -401,11 +424,20 @@ def _over(matrix: Tensor, columns: Tensor | None) -> Tensor:
     return matrix if columns is None else matrix / columns
 
 
-def _bits(codes: Tensor, quant: Int) -> float:
+def _plainly(matrix: Tensor, scale: Tensor, zero: Tensor | None, spec: LayerSpec) -> Tensor:
+    """The codes nearest to a weight over its column scales, uint8 `[rows, columns]`."""
+    assert spec.quant is not None
+    if spec.trellis is None:
+        return q.quantize(matrix, scale, zero, spec.quant, spec.group)
+    return torch.from_numpy(trellis.nearest((matrix / scale).cpu().numpy(), spec.trellis)).to(matrix.device)
+
+
+def _bits(codes: Tensor, spec: LayerSpec) -> float:
     """Entropy of the codes, bits a code."""
+    assert spec.quant is not None
     array = codes.cpu().numpy()
     single = entropy.Contexts.single(*array.shape)
-    return entropy.entropy_of(entropy.count_codes(array, quant.bits, single))
+    return entropy.entropy_of(entropy.count_codes(array, spec.quant.bits, single, spec.trellis))
 
 
 @torch.no_grad()
@@ -429,7 +461,7 @@ def _measured_table(
         matrix, zero = _over(problem.matrix, columns), None
         if scale is None:
             scale, zero = q.min_error(matrix, None, quant, spec.group)
-        codes = q.quantize(matrix, scale, zero, quant, spec.group)
+        codes = _plainly(matrix, scale, zero, spec)
         rounded = q.dequantize(codes, scale, zero, quant, spec.group)
         dense = rounded if columns is None else rounded * columns
         size = spec.bytes(*matrix.shape)
@@ -461,10 +493,10 @@ def _coded_bytes(
     assert spec.quant is not None
     parts, bits = spec.sizes(rows, columns), spec.quant.bits
     array = codes.cpu().numpy()
-    contexts = entropy.best_contexts(array, bits)
+    contexts = entropy.best_contexts(array, bits, spec.trellis)
     side = parts["scale"] + parts.get("column_scale", 0) if spec.quant.scale_bits == 8 else 0
     levels = 0 if contexts.tables == 1 else rows + spec.stored_columns(columns)
-    counts = entropy.count_codes(array, bits, contexts)
+    counts = entropy.count_codes(array, bits, contexts, spec.trellis)
     coded = math.ceil(margin * ratio * entropy.coded_bytes(counts, side + levels))
     fixed = rows * math.ceil(spec.stored_columns(columns) * bits / 8)
     return sum(parts.values()) - parts["codes"] + min(fixed, coded - side)

@@ -230,7 +230,9 @@ def _start(
     scale = None
     own = compression.spec
     if own.quant is not None and own.rate is not None and method == "hessian":
-        compression.set_scales(*problem.rate_scales(own.quant, own.rate, compression.octaves))
+        along = own.trellis is not None
+        octaves = compression.octaves
+        compression.set_scales(*problem.rate_scales(own.quant, own.rate, octaves, along_trellis=along))
         scale, _ = compression.scales(weight)
     elif compression.column_scale is not None and spec.quant is not None:
         compression.column_scale.copy_(q.column_scales(whole, spec.quant))

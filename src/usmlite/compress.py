@@ -27,7 +27,7 @@ from usmlite.audio import SAMPLE_RATE, WINDOW_SECONDS
 from usmlite.calibrate import calibrate
 from usmlite.checkpoint import CheckpointFolder, load_student, save_student
 from usmlite.data import Utterance, describe_corpus, load_corpus, usable_for_training
-from usmlite.errors import DataError, OutputError, RecipeError, UsmliteError
+from usmlite.errors import DataError, OutputError, RecipeError, SpecError, UsmliteError
 from usmlite.evaluate import Evaluation, compare, describe_machine, describe_versions, evaluate
 from usmlite.histograms import weight_histograms
 from usmlite.load import (
@@ -54,7 +54,7 @@ from usmlite.packfile import WEIGHTS_NAME
 from usmlite.recipe import Recipe, load_recipe, recipe_to_dict, recipe_to_toml
 from usmlite.report import read_report
 from usmlite.runtime import Recognizer
-from usmlite.spec import KEEP, CompressionSpec, Rule, matrix_shape
+from usmlite.spec import KEEP, CompressionSpec, LayerSpec, Rule, matrix_shape
 from usmlite.streamed import DenseFiles, pack_streamed
 from usmlite.transcripts import transcribe_corpus, with_targets
 
@@ -117,6 +117,7 @@ def compress(
         check_letters(as_written(speech.train, teacher.adapter), teacher.adapter)  # not after an hour's work
     with processes.main_process_first():
         spec = choose_spec(recipe, teacher, speech, output, console, shared=shared)
+    check_trellis(recipe, spec, _kinds(teacher))
     console.print(plan(recipe, spec, teacher, speech), markup=False)
 
     student, calibration = start_student(recipe, spec, teacher, speech, output, console)
@@ -325,6 +326,51 @@ def check_decoder(recipe: Recipe, adapter: Adapter) -> None:
             )  # fmt: skip
 
 
+def check_trellis(recipe: Recipe, spec: CompressionSpec, kinds: Mapping[str, str]) -> None:
+    """Refuses codes along a trellis where they would not stay there.
+
+    Raises:
+        SpecError: of a weight that is trained, or not started by second-order rounding.
+    """
+    for name, kind in kinds.items():
+        layer = spec.resolve(name, kind)
+        if layer.trellis is None:
+            continue
+        if recipe.student.start != "hessian":
+            raise SpecError(
+                "a trellis needs second-order rounding", where=name, expected="student.start hessian",
+                found=recipe.student.start, remedy="Leave trellis out, or start with hessian.",
+            )  # fmt: skip
+        if _is_trained(recipe, kind):
+            raise SpecError(
+                "a trained weight cannot follow a trellis", where=name,
+                expected="rounding one by one, or no fine-tuning", found=str(layer),
+                remedy="Leave trellis out of its rule, or compress with --no-finetune.",
+            )  # fmt: skip
+
+
+def _is_trained(recipe: Recipe, kind: str) -> bool:
+    still = kind == "embedding" and not recipe.training.ever("embedding_learning_rate")
+    return recipe.training.steps > 0 and not still
+
+
+def _candidates(recipe: Recipe) -> Callable[[str], Sequence[LayerSpec]]:
+    """What a target size chooses from, by the kind of a weight."""
+    spec = recipe.spec
+    if not spec.entropy_coding:
+        return CANDIDATES["integer"]
+    if spec.candidates != "trellis":
+        return CANDIDATES[spec.candidates]
+    if recipe.student.start != "hessian":
+        return CANDIDATES["rate"]
+    return lambda kind: CANDIDATES["rate" if _is_trained(recipe, kind) else "trellis"](kind)
+
+
+def _kinds(teacher: Teacher) -> dict[str, str]:
+    """The kinds of all weights that can be compressed, by module."""
+    return {n.removesuffix(".weight"): k for n, k in teacher.adapter.compressible(teacher.model).items()}
+
+
 def choose_spec(
     recipe: Recipe,
     teacher: Teacher,
@@ -353,11 +399,7 @@ def choose_spec(
             remedy="Name some speech, or give --bits and --sparsity instead of --target-size.",
         )
     fixed = [Rule.from_dict(rule) for rule in recipe.spec.rules]
-    kinds = {
-        name.removesuffix(".weight"): kind
-        for name, kind in teacher.adapter.compressible(teacher.model).items()
-        if kind != "positions"
-    }
+    kinds = {name: kind for name, kind in _kinds(teacher).items() if kind != "positions"}
     kinds = {name: kind for name, kind in kinds.items() if not any(r.covers(name, kind) for r in fixed)}
     base = recipe.spec.build()
     shapes = {name: cast(Tensor, teacher.model.get_submodule(name).weight).shape for name in kinds}
@@ -418,7 +460,7 @@ def _allocate(
             calibration_batches(recipe, teacher, speech),
             budget,
             network=teacher.adapter.network,
-            candidates=CANDIDATES[recipe.spec.candidates if recipe.spec.entropy_coding else "integer"],
+            candidates=_candidates(recipe),
             coded=recipe.spec.entropy_coding,
             octaves=teacher.adapter.octaves(),
             autocast=_calibration_autocast(recipe),
@@ -467,7 +509,7 @@ def _calibration_autocast(recipe: Recipe) -> torch.dtype | None:
 
 def expected_bytes(spec: CompressionSpec, teacher: Teacher) -> int:
     """Bytes of the packed tensors, before the file's header."""
-    kinds = {n.removesuffix(".weight"): k for n, k in teacher.adapter.compressible(teacher.model).items()}
+    kinds = _kinds(teacher)
     computed = teacher.adapter.computed(teacher.model)
     total = 0
     for name, parameter in teacher.model.named_parameters():

@@ -5,17 +5,22 @@ as its frequency is worth (Duda, arXiv 1311.2540). How frequent a code is depend
 its row and of its column are in steps: both get a level, and codes with the same sum of levels share a table
 of frequencies. Lanes take turns, one code each, and share one stream of words, so that a step of all lanes is
 a few operations on arrays. The layout is in docs/format.md.
+
+Codes that follow a trellis are coded as symbols (`trellis.split`), with two tables in the place of one: which
+of them depends on the quantizer, and that on the codes above.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from usmlite.kernels import native
+from usmlite.kernels import trellis as paths
 
 _BITS = 12  # frequencies add up to 2^12
 _TOTAL = 1 << _BITS
@@ -122,17 +127,34 @@ def coded_bytes(counts: np.ndarray, side: int) -> int:
     )
 
 
-def count_codes(codes: np.ndarray, bits: int, contexts: Contexts) -> np.ndarray:
-    """How often each code, uint8 `[rows, columns]`, occurs in each table, int64 `[tables, 2^bits]`."""
-    counts = np.zeros(contexts.tables << bits, np.int64)
+def count_codes(codes: np.ndarray, bits: int, contexts: Contexts, trellis: int | None = None) -> np.ndarray:
+    """How often each code, uint8 `[rows, columns]`, occurs in each table, int64 `[tables, 2^bits]`.
+
+    With a trellis, how often each symbol does in the two tables in the place of each: `[2 * tables, 128]`.
+
+    Raises:
+        ValueError: codes that do not follow the trellis.
+    """
+    quantizers = None
+    if trellis is not None:
+        (codes, quantizers), bits = paths.split(codes, trellis), paths.BITS
+    return _counted(codes, quantizers, bits, contexts)
+
+
+def _counted(codes: np.ndarray, quantizers: np.ndarray | None, bits: int, contexts: Contexts) -> np.ndarray:
+    """`count_codes`, of symbols where there are quantizers."""
+    tables = contexts.tables * (1 if quantizers is None else 2)
+    counts = np.zeros(tables << bits, np.int64)
     step = max(1, _CHUNK // max(1, codes.shape[1]))
     for low in range(0, len(codes), step):  # numpy would widen all of them to 64 bits at once
         part = codes[low : low + step]
         places = part.astype(np.int64)
         if contexts.tables > 1:
-            places += contexts.select(low, low + step) << bits
+            places += contexts.select(low, low + step) << (bits if quantizers is None else bits + 1)
+        if quantizers is not None:
+            places += quantizers[low : low + step].astype(np.int64) << bits
         counts += np.bincount(places.reshape(-1), minlength=len(counts))
-    return counts.reshape(contexts.tables, 1 << bits)
+    return counts.reshape(tables, 1 << bits)
 
 
 def entropy_of(counts: np.ndarray) -> float:
@@ -143,17 +165,27 @@ def entropy_of(counts: np.ndarray) -> float:
     return max(0.0, float(-(counts * logarithms).sum() / max(1, totals.sum())))
 
 
-def best_contexts(codes: np.ndarray, bits: int) -> Contexts:
+def best_contexts(codes: np.ndarray, bits: int, trellis: int | None = None) -> Contexts:
     """With which tables `encode` makes least of the codes: those by size, or a single one."""
     single, several = Contexts.single(*codes.shape), Contexts.of(codes)
+    beside, quantizers = sum(codes.shape), None
+    if trellis is not None:
+        (codes, quantizers), bits = paths.split(codes, trellis), paths.BITS
     sizes = [
-        coded_bytes(count_codes(codes, bits, contexts), 0 if contexts.tables == 1 else sum(codes.shape))
+        coded_bytes(_counted(codes, quantizers, bits, contexts), 0 if contexts.tables == 1 else beside)
         for contexts in (single, several)
     ]
     return several if sizes[1] < sizes[0] else single
 
 
-def encode(codes: np.ndarray, bits: int, contexts: Contexts, beside: np.ndarray | None = None) -> np.ndarray:
+def encode(
+    codes: np.ndarray,
+    bits: int,
+    contexts: Contexts,
+    beside: np.ndarray | None = None,
+    *,
+    trellis: int | None = None,
+) -> np.ndarray:
     """Codes to bytes.
 
     Args:
@@ -161,11 +193,15 @@ def encode(codes: np.ndarray, bits: int, contexts: Contexts, beside: np.ndarray 
         bits: 1 to 8.
         contexts: which tables they belong to.
         beside: uint8 `[count]`, other numbers that shall go with them, compressed as well.
+        trellis: how many states the trellis has that codes of 8 bits follow; None without one.
 
     Returns:
         uint8 `[bytes]`.
+
+    Raises:
+        ValueError: codes that do not follow the trellis.
     """
-    counts = count_codes(codes, bits, contexts)
+    counts = count_codes(codes, bits, contexts, trellis)
     frequencies = np.stack([_frequencies(of_table) for of_table in counts])
     head = [np.array([contexts.lowest], np.uint8), contexts.rows, contexts.columns]
     side = np.frombuffer(
@@ -176,15 +212,19 @@ def encode(codes: np.ndarray, bits: int, contexts: Contexts, beside: np.ndarray 
         first, last = np.flatnonzero(table)[[0, -1]]
         tables.append(np.array([first, last - first], np.uint8))
         tables.append(table[first : last + 1].astype("<u2"))
-    states, words = _encoded(codes, frequencies, bits, contexts)
+    quantizers = None
+    if trellis is not None:
+        (codes, quantizers), bits = paths.split(codes, trellis), paths.BITS
+    states, words = _encoded(codes, frequencies, bits, contexts, quantizers)
     parts = [np.array([len(side)], "<u4"), side, *tables, states.astype("<u4"), *words]
     return np.concatenate([part.view(np.uint8) for part in parts])
 
 
 def _encoded(
-    codes: np.ndarray, frequencies: np.ndarray, bits: int, contexts: Contexts
+    codes: np.ndarray, frequencies: np.ndarray, bits: int, contexts: Contexts, quantizers: np.ndarray | None
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     flat, columns = codes.reshape(-1), codes.shape[1]
+    second = None if quantizers is None else quantizers.reshape(-1)
     frequency = frequencies.astype(np.uint64).reshape(-1)
     start = (np.cumsum(frequencies, axis=1) - frequencies).astype(np.uint64).reshape(-1)
     count, lanes = flat.size, lanes_for(flat.size)
@@ -193,7 +233,10 @@ def _encoded(
     # Backwards, so that they can be read forwards.
     for first in range((count - 1) // lanes * lanes, -1, -lanes):
         place = flat[first : first + lanes].astype(np.int64)
-        place += _tables(contexts, first, len(place), columns) << bits
+        tables = _tables(contexts, first, len(place), columns)
+        if second is not None:
+            tables = 2 * tables + second[first : first + lanes]
+        place += tables << bits
         f, s = frequency[place], start[place]
         x = states[: len(f)]
         full = x >= f << np.uint64(32 - _BITS)
@@ -214,7 +257,13 @@ def _tables(contexts: Contexts, first: int, count: int, columns: int) -> np.ndar
 
 
 def decode(
-    data: np.ndarray, bits: int, shape: tuple[int, int], tables: int = 1, beside: int = 0
+    data: np.ndarray,
+    bits: int,
+    shape: tuple[int, int],
+    tables: int = 1,
+    beside: int = 0,
+    *,
+    trellis: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bytes to codes, the inverse of `encode`.
 
@@ -224,6 +273,7 @@ def decode(
         shape: rows and columns of the codes.
         tables: how many tables there are.
         beside: how many other numbers go with them.
+        trellis: as for `encode`.
 
     Returns:
         The codes, uint8 `[rows, columns]`, and the other numbers, uint8 `[beside]`.
@@ -235,19 +285,21 @@ def decode(
     side, rest = _side(data, 1 + shape[0] + shape[1] + beside)
     levels = np.split(side[1:], [shape[0], shape[0] + shape[1]])
     contexts = Contexts(levels[0], levels[1], int(side[0]), tables)
-    frequencies, rest = _read_frequencies(rest, bits, tables)
+    if trellis is not None:
+        bits = paths.BITS
+    frequencies, rest = _read_frequencies(rest, bits, tables if trellis is None else 2 * tables)
     lanes = lanes_for(shape[0] * shape[1])
     if len(rest) < 4 * lanes or len(rest) % 2:
         raise ValueError(f"{len(data)} bytes cannot hold {shape[0] * shape[1]} codes")
     if native.chosen() is not None:
         codes = native.decode_stream(
-            rest, frequencies, bits, (contexts.rows, contexts.columns), contexts.lowest
+            rest, frequencies, bits, (contexts.rows, contexts.columns), contexts.lowest, trellis or 0
         )
     else:
         # Copies, because nothing says that they lie at even addresses.
         states = np.frombuffer(rest[: 4 * lanes].tobytes(), "<u4").astype(np.uint64)
         words = np.frombuffer(rest[4 * lanes :].tobytes(), "<u2")
-        codes = _decoded(states, words, frequencies, bits, contexts).reshape(shape)
+        codes = _decoded(states, words, frequencies, contexts, trellis).reshape(shape)
     return codes, levels[2]
 
 
@@ -286,7 +338,7 @@ def _read_frequencies(data: np.ndarray, bits: int, tables: int) -> tuple[np.ndar
 
 
 def _decoded(
-    states: np.ndarray, words: np.ndarray, frequencies: np.ndarray, bits: int, contexts: Contexts
+    states: np.ndarray, words: np.ndarray, frequencies: np.ndarray, contexts: Contexts, trellis: int | None
 ) -> np.ndarray:
     columns = len(contexts.columns)
     tables, symbols = frequencies.shape
@@ -298,12 +350,19 @@ def _decoded(
     offset = places.astype(np.uint64)
     count, lanes = len(contexts.rows) * columns, len(states)
     out = np.empty(count, np.uint8)
+    follower = None if trellis is None else _Follower(trellis, columns)
     position = 0
-    for first in range(0, count, lanes):
-        x = states[: min(lanes, count - first)]
+    for first, last in _runs(count, lanes, None if follower is None else columns):
+        lane = first % lanes
+        x = states[lane : lane + last - first]
         slot = (x & np.uint64(_TOTAL - 1)).astype(np.int64)
-        slot += _tables(contexts, first, len(x), columns) << _BITS
-        out[first : first + len(x)] = symbol[slot]
+        of_codes = _tables(contexts, first, len(x), columns)
+        if follower is not None:
+            of_codes = 2 * of_codes + follower.quantizers(first, len(x))
+        slot += of_codes << _BITS
+        out[first:last] = symbol[slot]
+        if follower is not None:
+            out[first:last] = follower.codes(first, out[first:last])
         x = frequency[slot] * (x >> np.uint64(_BITS)) + offset[slot]
         empty = np.flatnonzero(x < _LOWEST)
         following = words[position : position + len(empty)].astype(np.uint64)
@@ -311,11 +370,49 @@ def _decoded(
             raise ValueError("the stream ends early")
         position += len(empty)
         x[empty] = x[empty] << np.uint64(16) | following
-        states[: len(x)] = x
+        states[lane : lane + len(x)] = x
     # What encoding started from; anything else was altered.
     if position != len(words) or (states != _LOWEST).any():
         raise ValueError("the stream does not end where its codes do")
     return out
+
+
+def _runs(count: int, lanes: int, columns: int | None) -> Iterator[tuple[int, int]]:
+    """First and last code (exclusive) of what is decoded at once: a step; with `columns`, one row of it."""
+    for first in range(0, count, lanes):
+        last = min(first + lanes, count)
+        while columns is not None and first // columns != (last - 1) // columns:
+            end = (first // columns + 1) * columns
+            yield first, end
+            first = end
+        yield first, last
+
+
+class _Follower:
+    """Where every column is in its trellis, while codes are decoded row by row."""
+
+    def __init__(self, trellis: int, columns: int) -> None:
+        self._following, self._values = paths.transitions(trellis), paths.values()
+        self._states = np.zeros(columns, np.uint8)
+
+    def _place(self, first: int, count: int) -> slice:
+        row, column = divmod(first, len(self._states))
+        if column == 0 and row % paths.ROWS == 0:
+            self._states[:] = 0
+        return slice(column, column + count)
+
+    def quantizers(self, first: int, count: int) -> np.ndarray:
+        """Those of `count` codes from the code `first` on, which are in one row."""
+        return self._states[self._place(first, count)] & 1
+
+    def codes(self, first: int, symbols: np.ndarray) -> np.ndarray:
+        """What these symbols from there on are; the columns move on."""
+        column = first % len(self._states)
+        place = slice(column, column + len(symbols))
+        state = self._states[place]
+        found: np.ndarray = (self._values[state & 1, symbols] + paths.ZERO).astype(np.uint8)
+        self._states[place] = self._following[state, symbols & 1]
+        return found
 
 
 def _frequencies(counts: np.ndarray) -> np.ndarray:

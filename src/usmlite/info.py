@@ -231,6 +231,8 @@ def _describe_packed(path: Path, source: str) -> ModelInfo:
             layer = manifest.layers[module]
             names = [f"{name}.{part}" for part in layer.parts()]
             form = str(layer.spec) if layer.coded is None else f"{layer.spec}, coded"
+            if layer.trellis is not None:
+                form += f", trellis {layer.trellis}"
         elif name in manifest.computed:
             names, form = [], COMPUTED
         else:

@@ -155,13 +155,21 @@ def packed_layer(
 
 def _stored(name: str, layer: CompressedLayer, *, coded: bool) -> tuple[PackedLayer, dict[str, Tensor]]:
     """What becomes of a weight and its parts; with entropy-coded codes, if they are worth it."""
-    # A rate says how scales were chosen, which a reader need not know.
-    spec, shape = replace(layer.compression.spec, rate=None), tuple(layer.weight.shape)
+    # A rate says how scales were chosen, which a reader need not know; and with a fixed width, codes that
+    # follow a trellis are codes like any others.
+    own, shape = layer.compression.spec, tuple(layer.weight.shape)
+    spec = replace(own, rate=None, trellis=None)
     parts, packed = pack_layer(name, layer), PackedLayer(shape, spec)
     if not coded or spec.quant is None:
         return packed, parts
     stored = spec.stored_columns(matrix_shape(shape)[1])
-    return packed.encoded(parts, kernels.unpack_codes(parts["codes"], spec.quant.bits, stored))
+    codes = kernels.unpack_codes(parts["codes"], spec.quant.bits, stored)
+    try:
+        return packed.encoded(parts, codes, own.trellis)
+    except ModelError as error:
+        raise ModelError(
+            error.what, where=f"{name}.weight", found=error.found, remedy=error.remedy
+        ) from error
 
 
 def sample_coding(spec: LayerSpec, options: StudentOptions, *, rows: int = 128, columns: int = 1024) -> float:

@@ -27,10 +27,12 @@ from torch import Tensor, nn
 
 from usmlite import entropy, kernels
 from usmlite.errors import ModelError, OutputError, PackedModelError, SpecError
-from usmlite.spec import Int, LayerSpec, matrix_shape
+from usmlite.spec import TRELLIS_STATES, Int, LayerSpec, matrix_shape
 
 QUANT_METHOD = "usmlite"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+# What is written without anything that this version cannot say, for the sake of older readers.
+_PLAIN_VERSION = 2
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 PARTS = ("codes", "coded", "values", "scale", "zero", "column_scale", "pattern")
@@ -412,12 +414,14 @@ class PackedLayer:
         coded: bytes of its entropy-coded codes, and of its scales if they have 8 bits; None where they are
             stored with a fixed width.
         tables: how many tables of frequencies are among these bytes.
+        trellis: how many states the trellis has that the entropy-coded codes follow; None without one.
     """
 
     shape: tuple[int, ...]
     spec: LayerSpec
     coded: int | None = None
     tables: int = 1
+    trellis: int | None = None
 
     def parts(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of each part as it lies in the file."""
@@ -453,8 +457,9 @@ class PackedLayer:
         sizes = [math.prod(part) for part in beside.values()]
         try:
             codes, found = entropy.decode(
-                parts["coded"].cpu().numpy(), bits, (rows, stored), self.tables, sum(sizes)
-            )
+                parts["coded"].cpu().numpy(), bits, (rows, stored), self.tables, sum(sizes),
+                trellis=self.trellis,
+            )  # fmt: skip
         except ValueError as error:
             raise PackedModelError(
                 "impossible entropy-coded codes", where=f"{where}.coded", found=error, remedy=_AGAIN
@@ -466,24 +471,37 @@ class PackedLayer:
         }
         return rest | {"codes": pack_codes(torch.from_numpy(codes), bits)}
 
-    def encoded(self, parts: Mapping[str, Tensor], codes: Tensor) -> tuple[PackedLayer, dict[str, Tensor]]:
+    def encoded(
+        self, parts: Mapping[str, Tensor], codes: Tensor, trellis: int | None = None
+    ) -> tuple[PackedLayer, dict[str, Tensor]]:
         """The parts with entropy-coded codes, and what the manifest says then; else as they are.
 
         Args:
             parts: with fixed-width codes.
             codes: uint8 `[rows, stored]`, the same ones.
+            trellis: how many states the trellis has that they follow; None without one.
+
+        Raises:
+            ModelError: the codes do not follow it.
         """
         assert self.spec.quant is not None
         beside = [parts[name].reshape(-1) for name in self._beside()]
-        contexts = entropy.best_contexts(codes.numpy(), self.spec.quant.bits)
-        data = entropy.encode(
-            codes.numpy(), self.spec.quant.bits, contexts, torch.cat(beside).numpy() if beside else None
-        )
+        array, bits = codes.numpy(), self.spec.quant.bits
+        try:
+            contexts = entropy.best_contexts(array, bits, trellis)
+            data = entropy.encode(
+                array, bits, contexts, torch.cat(beside).numpy() if beside else None, trellis=trellis
+            )
+        except ValueError as error:
+            raise ModelError(
+                "the weight does not follow its trellis", found=error,
+                remedy="Start it with calibrate's method 'hessian', and do not train it.",
+            ) from None  # fmt: skip
         low, high = coded_bounds(self.fixed_bytes)
         if not low <= len(data) <= high:
             return self, dict(parts)
         rest = {name: part for name, part in parts.items() if name not in ("codes", *self._beside())}
-        layer = replace(self, coded=len(data), tables=contexts.tables)
+        layer = replace(self, coded=len(data), tables=contexts.tables, trellis=trellis)
         return layer, {"coded": torch.from_numpy(data), **rest}
 
     @property
@@ -497,6 +515,8 @@ class PackedLayer:
         coded = {} if self.coded is None else {"coded": self.coded}
         if self.tables > 1:
             coded["tables"] = self.tables
+        if self.trellis is not None:
+            coded["trellis"] = self.trellis
         return {"shape": list(self.shape), **self.spec.to_dict(), **coded}
 
 
@@ -516,11 +536,17 @@ class Manifest:
     digest: str
     version: str
 
+    @property
+    def format_version(self) -> int:
+        """The least version of the format that can say this."""
+        plain = all(layer.trellis is None for layer in self.layers.values())
+        return _PLAIN_VERSION if plain else FORMAT_VERSION
+
     def to_dict(self) -> dict[str, Any]:
         """As config.json holds it."""
         return {
             "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "digest": self.digest,
             "layers": {name: layer.to_dict() for name, layer in self.layers.items()},
             "computed": dict(self.computed),
@@ -544,7 +570,7 @@ class Manifest:
             )  # fmt: skip
         where = f"{where}: quantization_config"
         version = values.get("format_version")
-        if version != FORMAT_VERSION or isinstance(version, bool):
+        if version not in (_PLAIN_VERSION, FORMAT_VERSION) or not isinstance(version, int):
             what, remedy = "unusable format version", _AGAIN
             if isinstance(version, int) and version > FORMAT_VERSION:
                 what = "packed by a newer usmlite"
@@ -552,7 +578,8 @@ class Manifest:
             elif version == 1 and not isinstance(version, bool):
                 what, remedy = "packed by an usmlite before its first release", "Compress the model again."
             raise PackedModelError(
-                what, where=f"{where}.format_version", expected=FORMAT_VERSION, found=repr(version),
+                what, where=f"{where}.format_version",
+                expected=f"{_PLAIN_VERSION} or {FORMAT_VERSION}", found=repr(version),
                 remedy=remedy,
             )  # fmt: skip
         digest_text = values.get("digest")
@@ -573,7 +600,10 @@ class Manifest:
                 found=repr(computed)[:100], remedy=_AGAIN,
             )  # fmt: skip
         return cls(
-            {str(name): _read_layer(layer, f"{where}.layers[{name!r}]") for name, layer in layers.items()},
+            {
+                str(name): _read_layer(layer, version, f"{where}.layers[{name!r}]")
+                for name, layer in layers.items()
+            },
             {str(name): str(rule) for name, rule in computed.items()},
             digest_text,
             str(values.get("usmlite_version")),
@@ -618,13 +648,14 @@ class Manifest:
         return out
 
 
-def _read_layer(values: object, where: str) -> PackedLayer:
+def _read_layer(values: object, version: int, where: str) -> PackedLayer:
     if not isinstance(values, Mapping):
         raise PackedModelError(
             "unreadable layer", where=where, expected="an object", found=repr(values)[:100]
         )
     rest = dict(values)
     shape, coded, tables = rest.pop("shape", None), rest.pop("coded", None), rest.pop("tables", 1)
+    trellis = rest.pop("trellis", None)
     # Bounded, so that no product of a hostile file's numbers gets out of hand.
     if (
         not isinstance(shape, list)
@@ -641,7 +672,7 @@ def _read_layer(values: object, where: str) -> PackedLayer:
         spec = LayerSpec.from_dict(rest, where=where)
         if spec.is_kept:
             raise SpecError("neither bits nor sparsity", expected="a compressed layer")
-        layer = PackedLayer(tuple(shape), spec, coded, tables)
+        layer = PackedLayer(tuple(shape), spec, coded, tables, trellis)
     except (SpecError, TypeError) as error:
         raise PackedModelError(f"unusable layer spec: {error}", where=where, remedy=_AGAIN) from None
     if coded is not None:
@@ -657,7 +688,22 @@ def _read_layer(values: object, where: str) -> PackedLayer:
             "unusable number of tables", where=f"{where}.tables", expected=f"1 to {most}",
             found=repr(tables)[:100], remedy=_AGAIN,
         )  # fmt: skip
+    if trellis is not None:
+        _check_trellis(layer, version, f"{where}.trellis")
     return layer
+
+
+def _check_trellis(layer: PackedLayer, version: int, where: str) -> None:
+    known = isinstance(layer.trellis, int) and layer.trellis in TRELLIS_STATES
+    quant = layer.spec.quant
+    fits = layer.coded is not None and quant is not None and quant == Int(8, scale_bits=quant.scale_bits)
+    if version == _PLAIN_VERSION or not known or not fits or layer.spec.sparsity is not None:
+        raise PackedModelError(
+            "unusable trellis", where=where,
+            expected=f"{', '.join(map(str, TRELLIS_STATES))} states, of dense entropy-coded codes of 8 bits, "
+            f"in version {FORMAT_VERSION}",
+            found=f"{layer.trellis!r:.100} of {layer.spec}, version {version}", remedy=_AGAIN,
+        )  # fmt: skip
 
 
 def coded_bounds(fixed: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from usmlite.card import model_card
 from usmlite.errors import ModelError, UsmliteError
 from usmlite.hub import explained
 from usmlite.load import PACKED_FOLDER, RECIPE_FILE, REPORT_FILE, load
-from usmlite.packfile import CONFIG_NAME, FORMAT_VERSION, PROCESSOR_FILES, WEIGHTS_NAME, is_packed
+from usmlite.packfile import CONFIG_NAME, PROCESSOR_FILES, WEIGHTS_NAME, is_packed, read_manifest
 
 CARD_FILE = "README.md"
 
@@ -93,7 +93,7 @@ def prepare(
         name,
         language=recognizer.adapter.only_language,
         weights_bytes=recognizer.weights_bytes,
-        format_version=FORMAT_VERSION,
+        format_version=read_manifest(packed).format_version,
         report=report,
         license_id=license_id,
     )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from usmlite import entropy, kernels
-from usmlite.kernels import MAX_SCALE, MIN_SCALE
+from usmlite.kernels import MAX_SCALE, MIN_SCALE, trellis
 from usmlite.spec import Int
 
 # Rows are handled in blocks of about this many elements, so that a block's temporaries stay in cache.
@@ -29,6 +29,9 @@ _LEAST_SQUARE = 1e-6
 _RATE_TRIES = 10
 # On so many weights: more of them would not change the step.
 _RATE_WEIGHTS = 1 << 18
+# Steps along a trellis at the same rate: half as large, and a little more because the search spends fewer
+# bits (docs/decisions/0030).
+_TRELLIS_STEP = 0.55
 # Codes stay this far within their ends at first, because compensation may make a weight larger.
 _RATE_REACH = 0.9
 # With less bits than this the best scale is far from the largest weight, and fitting it is worth the time.
@@ -191,7 +194,14 @@ def min_error(
 
 
 def rate_scales(
-    weight: Tensor, quant: Int, rate: float, rows: Tensor, columns: Tensor, *, inward: bool = False
+    weight: Tensor,
+    quant: Int,
+    rate: float,
+    rows: Tensor,
+    columns: Tensor,
+    *,
+    inward: bool = False,
+    along_trellis: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Scales with which entropy coding spends about `rate` bits on a weight.
 
@@ -207,6 +217,7 @@ def rate_scales(
         columns: float32 `[columns]`, the same of columns. Those with a weight too large for the codes get
             larger steps.
         inward: whether weights will be `drawn_in` before they are rounded.
+        along_trellis: whether codes will follow a trellis (`trellis`); about, again.
 
     Returns:
         scale: float32 `[rows, 1]`, rounded as stored.
@@ -228,8 +239,11 @@ def rate_scales(
         codes = quantize(steps, one, None, quant, None)
         bits = entropy.entropy_of(entropy.count_codes(codes.numpy(), quant.bits, contexts))
         low, high = (middle, high) if bits > rate else (low, middle)
-    scale = round_scale(rows.unsqueeze(1) * (size * 2.0**high), quant.scale_bits)
-    largest = (weight / scale).abs().amax(dim=0) / (_RATE_REACH * (quant.max_code - quant.zero))
+    step, reach = size * 2.0**high, quant.max_code - quant.zero
+    if along_trellis:
+        step, reach = step * _TRELLIS_STEP, trellis.REACH
+    scale = round_scale(rows.unsqueeze(1) * step, quant.scale_bits)
+    largest = (weight / scale).abs().amax(dim=0) / (_RATE_REACH * reach)
     return scale, torch.where(largest > columns, round_scale(largest, quant.scale_bits), columns)
 
 

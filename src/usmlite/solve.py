@@ -9,11 +9,15 @@ import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from usmlite import kernels
 from usmlite import quantize as q
+from usmlite.entropy import Contexts
+from usmlite.errors import SpecError
+from usmlite.kernels import trellis
 from usmlite.moments import Moments
 from usmlite.sparsify import nm_mask
 from usmlite.spec import NM, Int, LayerSpec
@@ -22,8 +26,8 @@ from usmlite.spec import NM, Int, LayerSpec
 DAMPING = 0.01
 # Columns between two updates of all later columns: inside, only the block's own columns are updated.
 _BLOCK_COLUMNS = 128
-# Rows solved together: a block of columns of this many rows stays in a core's cache.
-_BLOCK_ROWS = 4096
+# Rows solved together: a block of columns of this many rows stays in a core's cache. Trellises start anew.
+_BLOCK_ROWS = trellis.ROWS
 # Inputs that calibration never saw still count a little: other speech may use them.
 _LEAST_IMPORTANCE = 1e-4
 # How much rows count at least, next to the mean: chosen among 0.01 to 1 (docs/decisions/0013).
@@ -40,6 +44,9 @@ _DAMPING_TRIES = 12
 _TABLE_DAMPING = 1.0
 # How far weights are drawn towards zero in coordinate descent, next to the walk (docs/decisions/0018).
 _DRAWN_AGAIN = 0.5
+# What a bit may cost along a trellis, in squares of steps: the slope of the rate-distortion curve is near
+# 0.36 at high rates, and all from 0.3 to 0.45 did alike (docs/decisions/0030).
+_BIT_PRICE = 0.4
 # Coordinate descent after the walk: three sweeps give nearly all of what eight do.
 _SWEEPS = 3
 
@@ -103,7 +110,9 @@ class Problem:
         mean = self.hessian.diagonal().mean()
         return self.hessian + self.damping * mean * torch.eye(len(self.hessian), device=mean.device)
 
-    def rate_scales(self, quant: Int, rate: float, octaves: Tensor | None) -> tuple[Tensor, Tensor]:
+    def rate_scales(
+        self, quant: Int, rate: float, octaves: Tensor | None, *, along_trellis: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Scales of rows and of columns for a rate, as `quantize.rate_scales` gives them.
 
         At a given rate the error is least if every step costs the same. What a step of a column costs when
@@ -114,6 +123,7 @@ class Problem:
             quant: symmetric codes, of more bits than the rate.
             rate: bits a weight.
             octaves: float32 `[rows]`, by how many doublings the steps of a table's rows are larger, or None.
+            along_trellis: whether codes will follow a trellis.
         """
         rows = torch.ones(len(self.matrix), device=self.matrix.device)
         if octaves is not None:
@@ -121,7 +131,9 @@ class Problem:
         elif self.rows is not None:
             rows = self.rows.rsqrt()
         columns = q.column_scales(self.matrix, quant) if self.is_table else self._column_steps
-        return q.rate_scales(self.matrix, quant, rate, rows, columns, inward=self.inward)
+        return q.rate_scales(
+            self.matrix, quant, rate, rows, columns, inward=self.inward, along_trellis=along_trellis
+        )
 
     @functools.cached_property
     def _column_steps(self) -> Tensor:
@@ -210,6 +222,10 @@ def solve(
     Then codes and scales are improved in turn by coordinate descent, the masks staying. A row that
     the plain start serves better keeps the plain start.
 
+    With a trellis all rows of a column are rounded at once, by a search over them that counts both the
+    squared error after compensation and the bits that the entropy coder will spend on the codes; what each
+    costs is taken from the walk before.
+
     Args:
         weight: float32 `[rows, columns]`.
         hessian: float32 `[columns, columns]`, the mean of x x^T over the inputs x.
@@ -237,6 +253,8 @@ def solve(
     given = scale
     plan, damping, notes = _plan(hessian, spec, damping, covering and given is None)
     plan = replace(plan.scaled(column_scale), inward=inward and given is not None)
+    if spec.trellis is not None and given is None:
+        raise SpecError("a trellis without scales", where="solve", remedy="Give scale, of `rate_scales`.")
     master, values = torch.empty_like(weight), torch.empty_like(weight)
     mask = None if spec.sparsity is None else torch.empty_like(weight, dtype=torch.bool)
     zero = None
@@ -282,7 +300,11 @@ def drafts(
             plans[walk] = _plan(hessian, spec, damping, covering=False)[0]
         plan = replace(plans[walk], spec=spec, inward=spec.rate is not None).scaled(column_scale)
         matrix = weight.float() if column_scale is None else weight.float() / column_scale
-        found = _walk(matrix, plan, scale)
+        paths = None if spec.trellis is None or scale is None else _Paths(matrix / scale, plan)
+        found = _walk(matrix, plan, scale, paths=paths)
+        if paths is not None:
+            yield _polish(matrix, found, plan, sweeps=1, fit=False, paths=paths)
+            continue
         fit = scale is None
         yield found if spec.quant is None else _polish(matrix, found, plan, sweeps=1, fit=fit)
 
@@ -392,6 +414,13 @@ def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, fl
 def _solve_rows(weight: Tensor, importance: Tensor, plan: _Plan, given: Tensor | None) -> Solution:
     """`solve` for some of the rows."""
     spec, quant, nm = plan.spec, plan.spec.quant, plan.spec.sparsity
+    if spec.trellis is not None and given is not None:
+        paths = _Paths(weight / given, plan)
+        _walk(weight, plan, given, paths=paths)
+        paths.count_again()
+        found = _polish(weight, _walk(weight, plan, given, paths=paths), plan, fit=False, paths=paths)
+        found.master = _fit_kept(found, plan)
+        return found
     found = _walk(weight, plan, given)
     if given is not None:
         found = _polish(weight, found, plan, fit=False)
@@ -413,10 +442,17 @@ def _solve_rows(weight: Tensor, importance: Tensor, plan: _Plan, given: Tensor |
     return Solution(master, values, found.mask, scale, zero, 0.0)
 
 
-def _walk(weight: Tensor, plan: _Plan, scale: Tensor | None = None, zero: Tensor | None = None) -> Solution:
+def _walk(
+    weight: Tensor,
+    plan: _Plan,
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+    *,
+    paths: _Paths | None = None,
+) -> Solution:
     """The walk over the columns; its master weights are the compensated ones as they are.
 
-    Scales are chosen on the way unless they are given.
+    Scales are chosen on the way unless they are given. Columns are rounded along `paths`, if there are any.
     """
     spec, quant, nm = plan.spec, plan.spec.quant, plan.spec.sparsity
     rows, columns = weight.shape
@@ -438,7 +474,9 @@ def _walk(weight: Tensor, plan: _Plan, scale: Tensor | None = None, zero: Tensor
         if spec.group is None and not given:
             _scale_into(scale, zero, 0, work, kept, plan, 0, columns)
         row_scale, row_zero = scale[:, 0], None if zero is None else zero[:, 0]
-    sizes = q.row_squares(weight / scale) if plan.inward and scale is not None else None
+    drawing = plan.inward and scale is not None and paths is None
+    sizes = q.row_squares(weight / scale) if drawing and scale is not None else None
+    order = plan.order.tolist()
     for start, stop in plan.blocks:
         errors = torch.empty(stop - start, rows, device=work.device)
         for position in range(start, stop):
@@ -451,8 +489,12 @@ def _walk(weight: Tensor, plan: _Plan, scale: Tensor | None = None, zero: Tensor
                 row_scale = scale[:, number].contiguous()
                 row_zero = None if zero is None else zero[:, number].contiguous()
             column, value = work[position], values[position]
-            drawn = column if sizes is None else _drawn_in(column, row_scale, sizes)
-            _round(drawn, row_scale, row_zero, plan, out=value)
+            if paths is not None and row_scale is not None:
+                cost = 1.0 / float(diagonal[position]) ** 2
+                torch.mul(paths.round(order[position], column / row_scale, cost), row_scale, out=value)
+            else:
+                drawn = column if sizes is None else _drawn_in(column, row_scale, sizes)
+                _round(drawn, row_scale, row_zero, plan, out=value)
             if kept is not None:
                 value.masked_fill_(~kept[position], 0.0)
             error = torch.sub(column, value, out=errors[position - start]).div_(diagonal[position])
@@ -463,8 +505,61 @@ def _walk(weight: Tensor, plan: _Plan, scale: Tensor | None = None, zero: Tensor
     return Solution(work[back].T.contiguous(), values[back].T.contiguous(), mask, scale, zero, 0.0)
 
 
+class _Paths:
+    """Rounds whole columns along a trellis, where the cost of errors and of bits together is least.
+
+    What codes cost is counted from those of the last walk or sweep, in tables as the entropy coder has them:
+    by the sizes of rows and columns, and by quantizer.
+    """
+
+    def __init__(self, steps: Tensor, plan: _Plan) -> None:
+        """Takes the weight in steps, `[rows, columns]`, for what codes cost at first."""
+        assert plan.spec.trellis is not None
+        self._states = plan.spec.trellis
+        array = steps.cpu().numpy()
+        contexts = Contexts.of(array)
+        self._tables = np.ascontiguousarray(contexts.select(0, len(array)).T.astype(np.uint8))
+        self._count = contexts.tables
+        # A squared step costs as much in all rows and columns, but for the rounding of their scales.
+        self._unit = float(plan.factor.diagonal().log().mean().exp()) ** 2 / _BIT_PRICE
+        self._priced = plan.inward
+        self._bits = np.zeros((self._count, 2, trellis.SYMBOLS), np.float32)
+        self._codes = np.ascontiguousarray(trellis.nearest(array, self._states).T)
+        self.count_again()
+
+    def count_again(self) -> None:
+        """Takes what codes cost from the present ones."""
+        if self._priced:
+            symbols, quantizers = trellis.split(self._codes.T, self._states)
+            self._bits = trellis.costs(trellis.count(symbols, quantizers, self._tables.T, self._count))
+
+    def round(self, column: int, steps: Tensor, cost: float) -> Tensor:
+        """Rounds a column.
+
+        Args:
+            column: which one.
+            steps: float32 `[rows]`, its weights in steps.
+            cost: of the square of a scale, next to those of other columns.
+
+        Returns:
+            float32 `[rows]`, whole numbers of steps.
+        """
+        found = trellis.search(
+            steps.cpu().numpy()[None], self._states, weight=np.array([cost * self._unit], np.float32),
+            tables=self._tables[column][None], bits=self._bits,
+        )  # fmt: skip
+        self._codes[column] = found[0]
+        return torch.from_numpy(found[0].astype(np.float32) - trellis.ZERO).to(steps.device)
+
+
 def _polish(
-    weight: Tensor, found: Solution, plan: _Plan, *, sweeps: int = _SWEEPS, fit: bool = True
+    weight: Tensor,
+    found: Solution,
+    plan: _Plan,
+    *,
+    sweeps: int = _SWEEPS,
+    fit: bool = True,
+    paths: _Paths | None = None,
 ) -> Solution:
     """Improves codes and scales in turn while the mask stays.
 
@@ -482,8 +577,10 @@ def _polish(
     values, wanted = found.values.T.contiguous(), found.master.T.contiguous()
     kept = None if found.mask is None else found.mask.T.contiguous()
     original = weight.T.contiguous()
-    sizes = q.row_squares(weight / scale) if plan.inward else None
+    sizes = q.row_squares(weight / scale) if plan.inward and paths is None else None
     for _ in range(sweeps):
+        if paths is not None:
+            paths.count_again()
         pull = hessian @ (original - values)
         if fit and group is None and not plan.covering:
             weighed = hessian @ values
@@ -505,7 +602,12 @@ def _polish(
                 if sizes is not None:
                     target.copy_(_drawn_in(target, scale[:, 0], sizes, _DRAWN_AGAIN))
                 change = value.clone()
-                _round(target, scale[:, number], None if zero is None else zero[:, number], plan, out=value)
+                if paths is not None:
+                    steps = paths.round(column, target / scale[:, 0], float(squares[column]))
+                    torch.mul(steps, scale[:, 0], out=value)
+                else:
+                    row_zero = None if zero is None else zero[:, number]
+                    _round(target, scale[:, number], row_zero, plan, out=value)
                 if kept is not None:
                     value.masked_fill_(~kept[column], 0.0)
                 change.sub_(value)

@@ -25,6 +25,7 @@ from usmlite.errors import SpecError
 
 MAX_M = 32
 SCALE_BITS = (16, 8)
+TRELLIS_STATES = (4, 8, 16, 32)
 ZERO_POINT_BYTES = 1  # uint8
 FLOAT_BYTES = 2  # kept weights are stored as float16
 
@@ -206,6 +207,9 @@ class LayerSpec:
         rate: bits a weight that entropy coding shall spend on the codes. Steps are then chosen for that and
             not for the number of codes, of which there only need to be enough; rows and columns whose
             errors matter less get larger ones. They are not trained: training would change the rate.
+        trellis: codes of a column follow each other along a trellis of so many states, 4, 8, 16 or 32
+            (`kernels.trellis`); None where each code stands by itself. Less error at the same rate. Such a
+            weight is made by second-order rounding, and cannot be trained.
     """
 
     quant: Int | None = None
@@ -213,6 +217,7 @@ class LayerSpec:
     group: int | None = None
     column_scales: bool = False
     rate: float | None = None
+    trellis: int | None = None
 
     def __post_init__(self) -> None:
         if self.group is not None and (not _is_integer(self.group) or self.group < 1):
@@ -239,6 +244,8 @@ class LayerSpec:
 
         if self.rate is not None:
             self._check_rate()
+        if self.trellis is not None:
+            self._check_trellis()
 
     def _check_rate(self) -> None:
         rate: object = self.rate
@@ -259,10 +266,23 @@ class LayerSpec:
                 remedy="Leave rate out, or sparsity and group.",
             )  # fmt: skip
 
+    def _check_trellis(self) -> None:
+        if not _is_integer(self.trellis) or self.trellis not in TRELLIS_STATES:
+            raise SpecError(
+                "unusable trellis", where="trellis",
+                expected=f"{', '.join(map(str, TRELLIS_STATES))} states", found=repr(self.trellis),
+            )  # fmt: skip
+        if self.rate is None or self.quant is None or self.quant.bits != 8 or self.quant.grid != "integer":
+            raise SpecError(
+                "a trellis without a rate", where="trellis", expected="a rate, and integer codes of 8 bits",
+                found="no rate" if self.rate is None else str(self.quant),
+                remedy="Set rate, or leave trellis out.",
+            )  # fmt: skip
+
     @classmethod
-    def at_rate(cls, rate: float) -> LayerSpec:
+    def at_rate(cls, rate: float, trellis: int | None = None) -> LayerSpec:
         """So many bits a weight, and all the codes there are, so that the largest weights are not clipped."""
-        return cls(Int(8, scale_bits=8), column_scales=True, rate=rate)
+        return cls(Int(8, scale_bits=8), column_scales=True, rate=rate, trellis=trellis)
 
     @property
     def precision(self) -> float | None:
@@ -338,6 +358,8 @@ class LayerSpec:
             out["column_scales"] = True
         if self.rate is not None:
             out["rate"] = self.rate
+        if self.trellis is not None:
+            out["trellis"] = self.trellis
         return out
 
     @classmethod
@@ -347,7 +369,10 @@ class LayerSpec:
         Raises:
             SpecError: an unknown key or an impossible value; it names `where`.
         """
-        known = {"bits", "symmetric", "grid", "scale_bits", "sparsity", "group", "column_scales", "rate"}
+        known = {
+            "bits", "symmetric", "grid", "scale_bits", "sparsity", "group", "column_scales", "rate",
+            "trellis",
+        }  # fmt: skip
         unknown = sorted(set(values) - known)
         if unknown:
             raise SpecError(
@@ -374,6 +399,7 @@ class LayerSpec:
                 values.get("group"),
                 values.get("column_scales", False),
                 values.get("rate"),
+                values.get("trellis"),
             )
         except SpecError as error:
             raise SpecError(
@@ -388,7 +414,7 @@ class LayerSpec:
         if self.is_kept:
             return "float16"
         if self.rate is not None:
-            return f"{self.rate:g} bits coded"
+            return f"{self.rate:g} bits coded" + ("" if self.trellis is None else f", trellis {self.trellis}")
         parts = ["float16" if self.quant is None else str(self.quant)]
         if self.sparsity is not None:
             parts.append(str(self.sparsity))

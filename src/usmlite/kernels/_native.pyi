@@ -9,7 +9,19 @@ def rans_decode(
     row_levels: tuple[int, int],
     column_levels: tuple[int, int],
     tables: int,
+    states: int,
     frequencies: tuple[int, int],
+    out: tuple[int, int],
+) -> None: ...
+def trellis_search(
+    states: int,
+    count: int,
+    rows: int,
+    steps: tuple[int, int],
+    costs: tuple[int, int],
+    tables: tuple[int, int],
+    bits: tuple[int, int],
+    table_count: int,
     out: tuple[int, int],
 ) -> None: ...
 def attend(

@@ -105,15 +105,17 @@ def decode_stream(
     bits: int,
     levels: tuple[np.ndarray, np.ndarray],
     lowest: int,
+    states: int = 0,
 ) -> np.ndarray:
     """The codes of an entropy-coded stream, see `entropy`.
 
     Args:
         stream: uint8 `[bytes]`, states and words.
-        frequencies: `[tables, 2^bits]`, 0 to 4096.
+        frequencies: `[tables, 2^bits]`, 0 to 4096; with a trellis there are two such for each table.
         bits: 1 to 8.
         levels: of rows and of columns, uint8 `[rows]` and `[columns]`.
         lowest: the sum of levels of the first table, 0 to 255.
+        states: of the trellis that codes follow, 0 without one.
 
     Returns:
         uint8 `[rows, columns]`.
@@ -127,9 +129,27 @@ def decode_stream(
         raise ValueError("impossible frequencies")
     table = _checked(frequencies.astype(np.uint16), np.uint16)
     out = np.empty((len(rows), len(columns)), np.uint8)
+    tables = len(table) // 2 if states else len(table)
     library().rans_decode(
-        _array(stream), bits, lowest, _array(rows), _array(columns), len(table), _array(table), _array(out)
-    )
+        _array(stream), bits, lowest, _array(rows), _array(columns), tables, states, _array(table),
+        _array(out),
+    )  # fmt: skip
+    return out
+
+
+def trellis_search(
+    steps: np.ndarray, states: int, weight: np.ndarray, tables: np.ndarray, bits: np.ndarray
+) -> np.ndarray:
+    """The codes that `trellis.search` looks for, which says what these are."""
+    steps, weight, bits = (_checked(array, np.float32) for array in (steps, weight, bits))
+    tables = _checked(tables, np.uint8)
+    if weight.shape != steps.shape[:1] or tables.shape != steps.shape or bits.shape[1:] != (2, 128):
+        raise ValueError("the parts of a search do not fit together")
+    out = np.empty(steps.shape, np.uint8)
+    library().trellis_search(
+        states, *steps.shape, _array(steps), _array(weight), _array(tables), _array(bits), len(bits),
+        _array(out),
+    )  # fmt: skip
     return out
 
 

@@ -119,8 +119,9 @@ class SpecRecipe:
     candidates: str = _key(
         "rate",
         "what a target size chooses from: integer (1 to 8 bits, dense, 3:4, 2:4 and 1:4), rate (0.5 to 6 "
-        "bits a weight by entropy coding), or all",
-        choices=("rate", "integer", "all"),
+        "bits a weight by entropy coding), trellis (rates, with codes along a trellis in a token embedding "
+        "that is not trained), or all (integer and rate)",
+        choices=("rate", "integer", "trellis", "all"),
     )
     measured: str | None = _key(
         None,
