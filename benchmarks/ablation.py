@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from usmlite.atomic import write_bytes, write_json
+from pages import place
+from usmlite.atomic import write_json
 from usmlite.audio import WINDOW_SAMPLES, WINDOW_SECONDS, load_audio
 from usmlite.compress import spread_out
 from usmlite.data import load_corpus
@@ -37,7 +38,6 @@ RECIPE, RESULT, PAGE = (
     ROOT / "results" / "ablation.json",
     ROOT / "docs" / "study.md",
 )
-START, END = "<!-- ablation -->", "<!-- /ablation -->"
 UTTERANCES, BATCH = 48, 8
 
 
@@ -126,9 +126,7 @@ def main() -> None:
     arguments = parser.parse_args()
     failed = measure(arguments) if arguments.data is not None else {}
     if arguments.table:
-        text = PAGE.read_text(encoding="utf-8")
-        head, tail = text.split(START)[0], text.split(END)[1]
-        write_bytes(PAGE, f"{head}{START}\n{table()}\n{END}{tail}".encode())
+        place(PAGE, "ablation", table())
     sys.exit("\n".join(f"{name} failed: {error}" for name, error in failed.items()) or 0)
 
 

@@ -33,7 +33,8 @@ from typing import Any
 import torch
 
 import runtimes
-from usmlite.atomic import write_bytes, write_json
+from pages import place
+from usmlite.atomic import write_json
 from usmlite.audio import load_audio
 from usmlite.data import Utterance, load_corpus
 from usmlite.evaluate import Evaluation, compare, describe_machine, describe_versions, evaluate
@@ -42,7 +43,6 @@ from usmlite.load import load
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT, RESULTS = ROOT / "docs" / "exports.md", ROOT / "results" / "exports.json"
-START, END = "<!-- exports -->", "<!-- /exports -->"
 OURS = "usmlite"
 LONGEST = 29.0  # seconds
 
@@ -296,9 +296,7 @@ def main() -> None:
         if not arguments.json.is_file():
             parser.error(f"there is no {arguments.json} yet: give --data")
         rows = table(json.loads(arguments.json.read_text(encoding="utf-8")))
-        text = DOCUMENT.read_text(encoding="utf-8")
-        head, tail = text.split(START)[0], text.split(END)[1]
-        write_bytes(DOCUMENT, f"{head}{START}\n{rows}\n{END}{tail}".encode())
+        place(DOCUMENT, "exports", rows)
         print(rows)
 
 

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from usmlite.atomic import write_bytes, write_json
+from pages import place
+from usmlite.atomic import write_json
 from usmlite.data import load_corpus
 from usmlite.evaluate import Evaluation, compare, evaluate
 from usmlite.grid import expand
@@ -37,7 +38,6 @@ RECIPES, RESULTS, README = (
     ROOT / "results" / "librispeech",
     ROOT / "README.md",
 )
-START, END = "<!-- results -->", "<!-- /results -->"
 # The teachers, and what the names of their rows begin with; the longest prefix that fits decides.
 TEACHERS = {"base-": "base", "": "tiny.en"}
 DENSE = "dense"
@@ -186,10 +186,9 @@ def main() -> None:
         everything = [f"{prefix}{DENSE}" for prefix in TEACHERS] + recipes
         failed = make(arguments.only or everything, arguments, Console())
     if arguments.table:
-        text = README.read_text(encoding="utf-8")
-        head, tail = text.split(START)[0], text.split(END)[1]
-        write_bytes(README, f"{head}{START}\n{table()}\n{END}{tail}".encode())
-        print(table())
+        rows = table()
+        place(README, "results", rows)
+        print(rows)
     sys.exit("\n".join(f"{name} failed: {error}" for name, error in failed.items()) or 0)
 
 

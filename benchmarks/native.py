@@ -27,8 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pages import place
 from usmlite import entropy, kernels, packfile
-from usmlite.atomic import write_bytes, write_json
+from usmlite.atomic import write_json
 from usmlite.audio import load_audio
 from usmlite.data import Utterance, load_corpus
 from usmlite.entropy import Contexts
@@ -56,7 +57,6 @@ TORCH = "torch float32"
 HOLDS = ("float32", "int8", "packed")
 ROOT = Path(__file__).resolve().parent.parent
 RESULT, PAGE = ROOT / "results" / "native.json", ROOT / "docs" / "performance.md"
-START, END = "<!-- native -->", "<!-- /native -->"
 
 
 Clock = Callable[[], float]
@@ -312,9 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(page(result))
     if options.save:
         write_json(RESULT, result)
-        before, rest = PAGE.read_text(encoding="utf-8").split(START)
-        text = f"{before}{START}\n{page(result)}\n{END}{rest.split(END)[1]}"
-        write_bytes(PAGE, text.encode())
+        place(PAGE, "native", page(result))
     return 0
 
 

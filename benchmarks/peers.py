@@ -38,7 +38,8 @@ from transformers import WhisperForConditionalGeneration
 
 import ggml_whisper
 import runtimes
-from usmlite.atomic import write_bytes, write_json
+from pages import place
+from usmlite.atomic import write_json
 from usmlite.audio import load_audio
 from usmlite.data import load_corpus
 from usmlite.evaluate import Evaluation, compare, describe_machine, describe_versions, evaluate
@@ -49,7 +50,6 @@ from usmlite.runtime import Recognizer
 
 ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "results" / "peers.json"
-START, END = "<!-- peers -->", "<!-- /peers -->"
 DENSE, REFERENCE = "dense", "faster-whisper float32"
 TOKENS, TIED = "model.decoder.embed_tokens.weight", "proj_out.weight"  # one weight under two names
 SAME = 0.003  # dense and faster-whisper's float32 are called alike within so much WER
@@ -468,9 +468,7 @@ def main() -> None:
         if not arguments.json.is_file():
             parser.error(f"there is no {arguments.json} yet: give --data")
         rows = table(json.loads(arguments.json.read_text(encoding="utf-8")))
-        text = README.read_text(encoding="utf-8")
-        head, tail = text.split(START)[0], text.split(END)[1]
-        write_bytes(README, f"{head}{START}\n{rows}\n{END}{tail}".encode())
+        place(README, "peers", rows)
         print(rows)
 
 

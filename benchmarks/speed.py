@@ -37,9 +37,10 @@ import torch
 
 import ggml_whisper
 import runtimes
+from pages import place
 from peers import Place
 from runtimes import Transcribe
-from usmlite.atomic import write_bytes, write_json
+from usmlite.atomic import write_json
 from usmlite.audio import load_audio
 from usmlite.data import Utterance, load_corpus
 from usmlite.evaluate import describe_machine, describe_versions
@@ -52,7 +53,6 @@ from usmlite.text import normalize
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT, PAGE = ROOT / "results" / "runtimes.json", ROOT / "docs" / "performance.md"
-START, END = "<!-- runtimes -->", "<!-- /runtimes -->"
 FASTER_WHISPER = "faster-whisper int8"
 TORCH = "torch float32"
 TRANSFORMERS = "Transformers float32"
@@ -295,8 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else {}
         results[options.model] = result
         write_json(RESULT, results)
-        before, rest = PAGE.read_text(encoding="utf-8").split(START)
-        write_bytes(PAGE, f"{before}{START}\n{page(results)}\n{END}{rest.split(END)[1]}".encode())
+        place(PAGE, "runtimes", page(results))
     return 0
 
 

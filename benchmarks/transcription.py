@@ -23,6 +23,7 @@ import jiwer
 import numpy as np
 import torch
 
+from pages import place
 from usmlite.audio import SAMPLE_RATE, load_audio
 from usmlite.data import Utterance, load_corpus
 from usmlite.evaluate import describe_machine
@@ -243,10 +244,7 @@ def main() -> None:
                 "rows": PARTS[part](recognizer, texts, audio),
             }
             RESULTS.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-    text = PAGE.read_text(encoding="utf-8")
-    before, after = text.split("<!-- measured -->")[0], text.split("<!-- /measured -->")[1]
-    shown = f"<!-- measured -->\n{tables(measured)}\n<!-- /measured -->"
-    PAGE.write_text(f"{before}{shown}{after}", encoding="utf-8")
+    place(PAGE, "measured", tables(measured))
 
 
 if __name__ == "__main__":

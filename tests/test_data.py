@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from usmlite.audio import SAMPLE_RATE, WINDOW_SAMPLES
 from usmlite.data import (
     Utterance,
     Window,
+    by_length,
     describe_corpus,
     load_corpus,
     load_window,
@@ -471,3 +473,29 @@ def test_load_window_names_bad_audio(corpus: Path) -> None:
     os.truncate(a.audio, 0)
     with pytest.raises(AudioError, match=r"a\.wav: the file is empty"):
         load_window(Window((a,), (0.0,)))
+
+
+@given(
+    lengths=st.lists(st.floats(0.5, 30.0), max_size=40),
+    batch=st.integers(1, 6),
+    first=st.integers(0, 50),
+)
+def test_batches_are_of_like_length(lengths: list[float], batch: int, first: int) -> None:
+    windows = [
+        Window((Utterance(id=str(i), audio=Path(f"{i}.wav"), duration=seconds),), (0.0,))
+        for i, seconds in enumerate(lengths)
+    ]
+    found = by_length(windows, batch, first=first, seed="some")
+    assert sorted(w.utterances[0].id for w in found) == sorted(w.utterances[0].id for w in windows)
+    assert found == by_length(windows, batch, first=first, seed="some")
+    # What completes the batch that the epoch before began comes first, as it was.
+    begun = min(-first % batch, len(windows))
+    assert found[:begun] == windows[:begun]
+    # No batch reaches into another's lengths: sorted by their shortest, the longest of each is at most that.
+    groups = [found[low : low + batch] for low in range(begun, len(found), batch)]
+    assert all(len(group) == batch for group in groups[:-1])
+    spans = sorted(
+        (min(w.utterances[0].duration for w in group), max(w.utterances[0].duration for w in group))
+        for group in groups
+    )
+    assert all(low[1] <= high[0] for low, high in itertools.pairwise(spans))

@@ -1,12 +1,7 @@
-"""The page in a real browser: it draws, filters and plays, and says nothing in the console.
-
-Needs Chromium: a program in the path, or named by the variable CHROMIUM; and pip install playwright.
-`make test-browser` runs it. Screenshots go to the folder in SCREENSHOTS, to be looked at.
-"""
+"""The page in a real browser: it draws, filters and plays, and says nothing in the console."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,19 +9,13 @@ from typing import Any
 
 import pytest
 
+from chromium import MARKS, chromium, playwright, screenshot
 from usmlite.report import read_report
 from usmlite.report.theme import DARK, LIGHT
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright, or make test-browser")
+playwright()
 
-PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, PROGRAMS)), None)
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install it, or name it in CHROMIUM"),
-    # Playwright's own loop, which it closes when the interpreter ends.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = MARKS
 POINTS = "svg path[aria-roledescription='point']"
 LOOKS = {
     "light": {"viewport": {"width": 1280, "height": 800}, "color_scheme": "light"},
@@ -37,12 +26,8 @@ LOOKS = {
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
-        )
+    with chromium("--autoplay-policy=no-user-gesture-required") as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -111,9 +96,7 @@ def test_it_draws(browser: Any, file: Path, look: str) -> None:
     assert page.evaluate("document.documentElement.dataset.theme") == ("dark" if look == "dark" else "light")
     assert [url for url in found.asked if not url.startswith(("file:", "data:"))] == []
     assert found.said == []
-    folder = os.environ.get("SCREENSHOTS")
-    if folder:
-        page.screenshot(path=Path(folder) / f"report-{look}.png", full_page=True)
+    screenshot(page, f"report-{look}")
     found.context.close()
 
 

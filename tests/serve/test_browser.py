@@ -1,14 +1,8 @@
-"""The page in a real browser: a file, and a microphone that is fed from a WAV file.
-
-Needs Chromium: a program in the path, or named by the variable CHROMIUM; and pip install playwright.
-`make test-browser` runs it. Screenshots go to the folder in SCREENSHOTS, to be looked at.
-"""
+"""The page in a real browser: a file, and a microphone that is fed from a WAV file."""
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,19 +11,13 @@ import numpy as np
 import pytest
 import soundfile
 
+from chromium import MARKS, chromium, playwright, screenshot
 from serve.serving import Running
 from usmlite.runtime import Recognizer
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright, or make test-browser")
+sync_api = playwright()
 
-PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, PROGRAMS)), None)
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install it, or name it in CHROMIUM"),
-    # Playwright's own loop, which it closes when the interpreter ends.
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = MARKS
 SPEECH = Path(__file__).parents[1] / "speech/0.opus"
 SAID = "My sister found a silver key behind the school."
 PATIENCE = 120_000  # ms
@@ -48,16 +36,12 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     samples, rate = soundfile.read(SPEECH, dtype="float32")
     # The file is played in a circle: long silence keeps the sentence from being heard twice.
     soundfile.write(heard, np.concatenate([samples, np.zeros(60 * rate, np.float32)]), rate, subtype="PCM_16")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM,
-            args=[
-                "--no-sandbox", "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream",
-                f"--use-file-for-fake-audio-capture={heard}%noloop",
-            ],
-        )  # fmt: skip
+    flags = (
+        "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream",
+        f"--use-file-for-fake-audio-capture={heard}%noloop",
+    )  # fmt: skip
+    with chromium(*flags) as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(params=["light", "dark"])
@@ -78,10 +62,7 @@ def page(browser: Any, shipped: Running, request: pytest.FixtureRequest) -> Iter
     page.goto(shipped.url)
     page.get_by_label("API key").fill("secret")
     yield page
-    folder = os.environ.get("SCREENSHOTS")
-    if folder:
-        name = request.node.originalname
-        page.screenshot(path=Path(folder) / f"serve-{name}-{request.param}.png", full_page=True)
+    screenshot(page, f"serve-{request.node.originalname}-{request.param}")
     assert said == []
     assert all(url.startswith((shipped.url, "blob:", "data:")) for url in asked)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

@@ -21,7 +21,8 @@ def add_hold(parser: argparse.ArgumentParser) -> None:
     """How a packed model's weights stand in memory and are multiplied."""
     parser.add_argument(
         "--hold", choices=HOLDS, default=None,
-        help="a packed model's weights in memory: int8 is fastest, packed is smallest (default: int8, or "
+        help="a packed model's weights in memory: int8 is fastest, packed is smaller, mapped leaves them in "
+        "the file (default: int8, or "
         "float32 where usmlite was installed without its native library)",
     )  # fmt: skip
     parser.add_argument(

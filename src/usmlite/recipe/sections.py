@@ -264,7 +264,10 @@ class TrainingRecipe:
     """[training]: the fine-tuning."""
 
     steps: int = _key(1000, "optimizer steps; 0 compresses without fine-tuning")
-    batch_size: int = _key(4, "30-second windows per step and process")
+    batch_size: int = _key(
+        4,
+        "windows per step and process: of 30 seconds, or utterances where encoders hear true lengths",
+    )
     accumulate: int = _key(1, "batches whose gradients are added up for one step")
     learning_rate: float = _key(1e-4, "peak learning rate of the weights")
     scale_learning_rate: float = _key(1e-3, "peak learning rate of the learned scales' logarithms")
