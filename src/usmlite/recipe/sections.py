@@ -117,11 +117,11 @@ class SpecRecipe:
         "chosen for each weight by measuring (rules still decide first)",
     )
     candidates: str = _key(
-        "rate",
+        "trellis",
         "what a target size chooses from: integer (1 to 8 bits, dense, 3:4, 2:4 and 1:4), rate (0.5 to 6 "
         "bits a weight by entropy coding), trellis (rates, with codes along a trellis in a token embedding "
         "that is not trained), or all (integer and rate)",
-        choices=("rate", "integer", "trellis", "all"),
+        choices=("trellis", "rate", "integer", "all"),
     )
     measured: str | None = _key(
         None,
