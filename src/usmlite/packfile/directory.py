@@ -1,4 +1,4 @@
-"""The directory of a packed model: its files, which of them may be read, and how a new one takes its place."""
+"""The directory of a packed model: its files, which of them may be read, and how a new one replaces it."""
 
 from __future__ import annotations
 
