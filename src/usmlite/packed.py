@@ -296,7 +296,7 @@ def _skeleton(values: dict[str, Any], tensors: int, path: Path) -> nn.Module:
     def wrong(expected: object, found: object) -> PackedModelError:
         return PackedModelError(
             "does not describe a model that can be loaded", where=path, expected=expected, found=found,
-            remedy="Copy or download the packed model again.",
+            remedy=packfile.COPY_AGAIN,
         )  # fmt: skip
 
     try:
