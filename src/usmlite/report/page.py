@@ -108,7 +108,7 @@ def render(
 
 
 def _data(records: Sequence[Record], figures: Sequence[Figure]) -> dict[str, Any]:
-    """What the script draws; rows that several figures and tables have stand there once, and their keys too."""
+    """What the script draws; rows that several figures and tables have stand there once, as do their keys."""
     rows: list[Any] = []
     places: dict[int, int] = {}
 
