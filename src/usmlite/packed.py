@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from usmlite import kernels, packfile
 from usmlite.errors import ModelError, OutputError, PackedModelError
+from usmlite.memory import return_freed_memory
 from usmlite.models import Adapter, adapter_class, read_configuration, skeleton
 from usmlite.packfile import CONFIG_NAME, WEIGHTS_NAME, Manifest, WeightsFile
 
@@ -258,6 +259,8 @@ def load_packed(
         model.__dict__["save_pretrained"] = _refuse_saving
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    # Reading the tokenizer and decoding leave behind half as much again as the model takes.
+    return_freed_memory()
     return cast(PreTrainedModel, model), adapter
 
 
