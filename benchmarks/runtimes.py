@@ -62,6 +62,9 @@ def faster_whisper(directory: Path, kind: str, threads: int) -> Transcribe:
     return transcribe
 
 
+_KEPT: list[Any] = []
+
+
 def whisper_cpp(file: Path, threads: int) -> Transcribe:
     """whisper.cpp through pywhispercpp."""
     from pywhispercpp.model import Model  # type: ignore[import-not-found, unused-ignore]
@@ -72,6 +75,9 @@ def whisper_cpp(file: Path, threads: int) -> Transcribe:
         print_realtime=False, language="en", no_context=True, temperature=0.0, temperature_inc=0.0,
         greedy={"best_of": 1}, suppress_blank=True, suppress_nst=True,
     )  # fmt: skip
+
+    # Freeing it crashes in some processes, before they have said what they found.
+    _KEPT.append(model)
 
     def transcribe(audios: Sequence[np.ndarray]) -> list[str]:
         texts = []
