@@ -79,6 +79,10 @@ class Network:
         # The prompt is not scored either, but the student will see it: only what follows is padding.
         return (labels != IGNORED).flip(1).cummax(1).values.flip(1).bool()
 
+    def heard(self, batch: Batch) -> Tensor | None:
+        """The encoder's frames that are audio, bool `[batch, frames]`; None if all are, or are places."""
+        return None
+
     def labels(self, batch: Batch) -> Tensor | None:
         """The label of each scored place, int64 `[scored]`; None where labels belong to no place."""
         return batch["labels"][self.scored(batch)]
@@ -92,6 +96,47 @@ class Network:
             between: what the modules of `intermediate` gave, if somebody listened.
         """
         return cross_entropy(logits.float(), cast(Tensor, self.labels(batch)))
+
+
+class SequenceNetwork(Network):
+    """A sequence-to-sequence recognizer that hears audio of its true length: the rest is masked.
+
+    Args:
+        encoder: the module that turns the main input into states.
+        decoder: the module that turns tokens and states into what is projected onto the vocabulary.
+        frames: which samples or feature frames are audio, int64 `[batch, length]`, to which of the encoder's
+            frames are, bool `[batch, frames]`.
+    """
+
+    beside = ("labels", "lengths")
+
+    def __init__(self, encoder: str, decoder: str, frames: Callable[[Tensor], Tensor]) -> None:
+        self._encoder, self._decoder, self._frames = encoder, decoder, frames
+
+    def encoder(self, model: nn.Module) -> nn.Module:
+        """The part that `states` runs."""
+        return model.get_submodule(self._encoder)
+
+    def states(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The encoder's output, `[batch, frames, d]`."""
+        heard = batch[cast(Any, model).main_input_name]
+        out = self.encoder(model)(heard, attention_mask=batch["attention_mask"])
+        return cast(Tensor, out.last_hidden_state)
+
+    def logits(self, model: nn.Module, batch: Batch, states: Tensor) -> Tensor:
+        """At the scored places, `[scored, vocabulary]`."""
+        mask = cast(Tensor, self.heard(batch))
+        out = model.get_submodule(self._decoder)(
+            input_ids=batch["decoder_input_ids"],
+            encoder_hidden_states=states.clone(),  # some decoders add positions to them, in place
+            encoder_attention_mask=mask.long(),
+            use_cache=False,
+        ).last_hidden_state
+        return cast(Tensor, cast(Any, model).get_output_embeddings()(out[self.scored(batch)]))
+
+    def heard(self, batch: Batch) -> Tensor | None:
+        """The encoder's frames that are audio, bool `[batch, frames]`."""
+        return self._frames(batch["attention_mask"])
 
 
 class FrameNetwork(Network):

@@ -59,7 +59,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 PROCESSOR_FILES = (
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
     "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "normalizer.json",
+    "normalizer.json", "sentencepiece.bpe.model",
 )  # fmt: skip
 # What a packed model consists of; anything else in its directory is the user's.
 _OWN_FILES = frozenset({WEIGHTS_NAME, CONFIG_NAME, *PROCESSOR_FILES})

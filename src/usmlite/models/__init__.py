@@ -14,6 +14,7 @@ from usmlite.models.options import Options
 if TYPE_CHECKING:
     from usmlite.models.ctc import CTCAdapter, CTCLayout
     from usmlite.models.families import adapter_class, prepare, read_configuration, register, skeleton
+    from usmlite.models.sequence import SequenceAdapter, SequenceLayout
     from usmlite.models.sources import Teacher, load_teacher
     from usmlite.models.whisper import WhisperAdapter
 
@@ -24,6 +25,8 @@ __all__ = [
     "CTCLayout",
     "Decoded",
     "Options",
+    "SequenceAdapter",
+    "SequenceLayout",
     "Teacher",
     "TimedText",
     "WhisperAdapter",
@@ -39,6 +42,7 @@ __all__ = [
 _HOME = {
     "ctc": ("CTCAdapter", "CTCLayout"),
     "families": ("adapter_class", "prepare", "read_configuration", "register", "skeleton"),
+    "sequence": ("SequenceAdapter", "SequenceLayout"),
     "sources": ("Teacher", "load_teacher"),
     "whisper": ("WhisperAdapter",),
 }

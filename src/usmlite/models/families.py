@@ -13,6 +13,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
 from usmlite.errors import ModelError
 from usmlite.models.adapter import Adapter
 from usmlite.models.ctc import LAYOUTS, CTCAdapter
+from usmlite.models.sequence import LAYOUTS as SEQUENCES
+from usmlite.models.sequence import SequenceAdapter
 from usmlite.models.whisper import WhisperAdapter
 from usmlite.models.whisper_ctc_adapter import WhisperCTCAdapter
 from usmlite.models.whisper_ctc_config import MODEL_TYPE as WHISPER_CTC
@@ -23,6 +25,7 @@ _FAMILIES: dict[str, type[Adapter]] = {
     "whisper": WhisperAdapter,
     WHISPER_CTC: WhisperCTCAdapter,
     **{model_type: CTCAdapter.of(layout) for model_type, layout in LAYOUTS.items()},
+    **{model_type: SequenceAdapter.of(layout) for model_type, layout in SEQUENCES.items()},
 }
 
 
