@@ -19,13 +19,15 @@ _NUMBERS: dict[str, Any] = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id"
 _WIDE = 0.3
 CONFIGS: dict[str, dict[str, Any]] = {
     "MoonshineForConditionalGeneration": {
-        "hidden_size": 32, "intermediate_size": 48, "encoder_num_hidden_layers": 2, "decoder_num_hidden_layers": 2,
+        "hidden_size": 32, "intermediate_size": 48, "encoder_num_hidden_layers": 2,
+        "decoder_num_hidden_layers": 2,
         "encoder_num_attention_heads": 2, "decoder_num_attention_heads": 2, "max_position_embeddings": 64,
         "initializer_range": _WIDE, "decoder_start_token_id": 0,
     },
     "MoonshineStreamingForConditionalGeneration": {
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "max_position_embeddings": 1600, "decoder_start_token_id": 0, "initializer_range": _WIDE,
+        "num_key_value_heads": 2, "max_position_embeddings": 1600, "decoder_start_token_id": 0,
+        "initializer_range": _WIDE,
         "encoder_config": {
             "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
             "num_key_value_heads": 2, "sliding_windows": [[16, 4], [16, 0]], "initializer_range": _WIDE,
@@ -35,6 +37,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
         "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "conv_channels": 32,
         "max_target_positions": 64, "decoder_start_token_id": 2, "init_std": _WIDE,
+        "scale_embedding": False,
     },
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ from small_sequence import CLASSES, CONFIGS, WITHOUT, save_model, small_model
 from usmlite.cli import main
 from usmlite.compress import compress
 from usmlite.distill import Distillation, LossWeights
-from usmlite.errors import AudioError, DataError, ModelError, RecipeError
+from usmlite.errors import AudioError, DataError, ModelError
 from usmlite.info import describe
 from usmlite.load import load
 from usmlite.models import SequenceAdapter, TimedText, load_teacher
@@ -89,7 +89,7 @@ def test_the_whole_flow(
         again = [each.text for each in adapter.transcribe(model, [torch.from_numpy(a) for a in audio])]
         assert again == packed.transcribe_batch(audio), hold
     theirs_model = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "packed")
-    assert torch.equal(logits(theirs_model, packed.adapter), found)
+    assert torch.allclose(logits(theirs_model, packed.adapter), found, atol=1e-5)
 
     commands = (
         [
@@ -178,8 +178,12 @@ def test_every_weight_has_its_rule(name: str, directories: dict[str, Path], tmp_
     spec = CompressionSpec.simple(3, "2:4")
     student = make_student(teacher.model, kinds, spec)
     round_kept(student)
-    packed = pack(student.eval(), adapter, tmp_path / "out", coded=False)
-    assert describe(directories[name], spec).file_bytes == packed.weights_bytes
+    pack(student.eval(), adapter, tmp_path / "out", coded=False)
+    promised, made = (
+        {row.name: row.bytes for row in describe(source, spec).rows if row.kind != "embedding"}
+        for source in (directories[name], tmp_path / "out")
+    )
+    assert promised == made  # tables are coded at a rate, and what that takes is not known before
     model, _ = load_packed(tmp_path / "out")
     for key, layer in compressed_layers(student):
         assert torch.equal(model.get_parameter(f"{key}.weight"), fake_quantized(layer)), key
@@ -259,12 +263,12 @@ def test_a_long_recording_is_cut_where_it_is_quiet(name: str, directories: dict[
     samples = noise(41.0)
     samples[25 * 16_000 : 26 * 16_000] *= 1e-3
     found = recognizer.transcribe(samples)
-    assert [(each.start, each.end) for each in found.segments] == [
-        (0.0, pytest.approx(25.5, abs=0.4)), (found.segments[0].end, 41.0),
-    ]  # fmt: skip
-    assert found.text == " ".join(each.text for each in found.segments)
-    cut = round(found.segments[0].end * 16_000)
-    assert recognizer.transcribe(samples[:cut], timestamps=False).text == found.segments[0].text
+    first = found.segments[0]
+    assert (first.start, first.end) == (0.0, pytest.approx(25.5, abs=0.4))
+    cut = round(first.end * 16_000)
+    texts = [recognizer.transcribe(part, timestamps=False).text for part in (samples[:cut], samples[cut:])]
+    assert found.text == " ".join(text for text in texts if text)
+    assert texts[0] == first.text
 
 
 # Bad input
@@ -297,7 +301,7 @@ def test_the_shortest_audio_has_one_frame(name: str, directories: dict[str, Path
     recognizer = load(directories[name])
     count = round(recognizer.adapter.shortest * 16_000)
     recognizer.transcribe(noise(1.0)[:count])
-    recognizer.transcribe(np.zeros(16_000, np.float32))
+    recognizer.adapter.transcribe(recognizer.model, [torch.zeros(16_000)])  # a pause of a long recording
     if name == MOONSHINE:
         assert count == max(895, count)
         with pytest.raises(AudioError, match="shorter than one frame"):
@@ -349,9 +353,7 @@ def test_a_config_that_contradicts_the_weights_is_refused_before_anything_is_mad
             load_teacher(folder)
 
 
-def test_swapped_words_and_attention_are_for_decoders_that_look(
-    directories: dict[str, Path], speech: Path, tmp_path: Path
-) -> None:
+def test_words_can_be_swapped(directories: dict[str, Path], speech: Path, tmp_path: Path) -> None:
     plan = short_recipe(directories[MOONSHINE], speech, data={"swapped": 0.5}, training={"steps": 1})
-    compress(plan, tmp_path / "swapped")
-    assert RecipeError is not None
+    report = compress(plan, tmp_path / "swapped")
+    assert report["training"]["steps"] == 1
