@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from usmlite.models.families import adapter_class, prepare, read_configuration, register, skeleton
     from usmlite.models.sequence import SequenceAdapter, SequenceLayout
     from usmlite.models.sources import Teacher, load_teacher
+    from usmlite.models.transducer import TransducerAdapter, TransducerLayout
     from usmlite.models.whisper import WhisperAdapter
 
 __all__ = [
@@ -29,6 +30,8 @@ __all__ = [
     "SequenceLayout",
     "Teacher",
     "TimedText",
+    "TransducerAdapter",
+    "TransducerLayout",
     "WhisperAdapter",
     "Word",
     "adapter_class",
@@ -44,6 +47,7 @@ _HOME = {
     "families": ("adapter_class", "prepare", "read_configuration", "register", "skeleton"),
     "sequence": ("SequenceAdapter", "SequenceLayout"),
     "sources": ("Teacher", "load_teacher"),
+    "transducer": ("TransducerAdapter", "TransducerLayout"),
     "whisper": ("WhisperAdapter",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

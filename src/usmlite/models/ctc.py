@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -148,19 +147,7 @@ class CTCAdapter(FrameAdapter):
         masked = self.extractor.return_attention_mask if self.main_input == "input_values" else True
         return super()._extract(audio, return_attention_mask=masked, **settings)
 
-    @cached_property
-    def _rate(self) -> tuple[float, float]:
-        """Length of the main input for one second, and how much each further one adds."""
-        one, eleven = (self._input_length(seconds * SAMPLE_RATE) for seconds in (1, 11))
-        return one, (eleven - one) / 10
-
     # Text
-
-    def decode_text(self, labels: Sequence[int]) -> str:
-        """The text of labels; blanks and special tokens are left out, repeats are kept."""
-        plain = [label for label in labels if label != self.blank]
-        text = self.tokenizer.decode(plain, group_tokens=False, skip_special_tokens=True)
-        return " ".join(str(text).split())
 
     def fits(self, text: str, seconds: float) -> bool:
         """Whether there are frames enough for a text's labels, and a blank between equal ones.
@@ -168,9 +155,7 @@ class CTCAdapter(FrameAdapter):
         And for a space to the next text, with which it may share a window.
         """
         labels = torch.tensor([self.encode_text(text)], dtype=torch.int64)
-        first, more = self._rate
-        length = int(first + (seconds - 1.0) * more)
-        return int(labels_needed(labels)) + 1 <= int(self.frames(torch.tensor([length])))
+        return int(labels_needed(labels)) + 1 <= self.frames_of(seconds)
 
     def teach(
         self, windows: Sequence[Sequence[TimedText]], *, timestamps: Sequence[bool], language: str | None

@@ -15,6 +15,8 @@ from usmlite.models.adapter import Adapter
 from usmlite.models.ctc import LAYOUTS, CTCAdapter
 from usmlite.models.sequence import LAYOUTS as SEQUENCES
 from usmlite.models.sequence import SequenceAdapter
+from usmlite.models.transducer import LAYOUTS as TRANSDUCERS
+from usmlite.models.transducer import TransducerAdapter
 from usmlite.models.whisper import WhisperAdapter
 from usmlite.models.whisper_ctc_adapter import WhisperCTCAdapter
 from usmlite.models.whisper_ctc_config import MODEL_TYPE as WHISPER_CTC
@@ -26,6 +28,7 @@ _FAMILIES: dict[str, type[Adapter]] = {
     WHISPER_CTC: WhisperCTCAdapter,
     **{model_type: CTCAdapter.of(layout) for model_type, layout in LAYOUTS.items()},
     **{model_type: SequenceAdapter.of(layout) for model_type, layout in SEQUENCES.items()},
+    **{model_type: TransducerAdapter.of(layout) for model_type, layout in TRANSDUCERS.items()},
 }
 
 

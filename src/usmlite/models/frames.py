@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from usmlite.audio import SAMPLE_RATE
 from usmlite.models.adapter import Decoded, TimedText, Word
 from usmlite.models.alignment import (
     Emitted,
@@ -24,7 +26,13 @@ from usmlite.models.true_length import TrueLengthAdapter
 
 
 class FrameAdapter(TrueLengthAdapter):
-    """An adapter whose labels have times."""
+    """An adapter whose labels have times.
+
+    Attributes:
+        blank: the label of frames that say nothing.
+    """
+
+    blank: int
 
     def frames(self, lengths: Tensor) -> Tensor:
         """Lengths of the main input, int64 `[batch]`, to frames of the output; 0 where there is none."""
@@ -33,6 +41,23 @@ class FrameAdapter(TrueLengthAdapter):
         # It needs nothing of the model but its configuration.
         found: Tensor = count(SimpleNamespace(config=self.config), lengths)
         return found.to(torch.int64).clamp(min=0)
+
+    @cached_property
+    def _rate(self) -> tuple[float, float]:
+        """Length of the main input for one second, and how much each further one adds."""
+        one, eleven = (self._input_length(seconds * SAMPLE_RATE) for seconds in (1, 11))
+        return one, (eleven - one) / 10
+
+    def frames_of(self, seconds: float) -> int:
+        """About how many frames so much audio has."""
+        first, more = self._rate
+        return int(self.frames(torch.tensor([int(first + (seconds - 1.0) * more)])))
+
+    def decode_text(self, labels: Sequence[int]) -> str:
+        """The text of labels; blanks and special tokens are left out, repeats are kept."""
+        plain = [label for label in labels if label != self.blank]
+        text = self.tokenizer.decode(plain, group_tokens=False, skip_special_tokens=True)
+        return " ".join(str(text).split())
 
     def _decoded(
         self, emitted: Sequence[Emitted], mean_logprob: float, seconds: float, options: Options

@@ -83,7 +83,8 @@ def _streaming_frames(config: Any, mask: Tensor) -> Tensor:
     found = (torch.arange(mask.shape[1] // length, device=mask.device) < valid[:, None]).float()
     for _ in range(2):
         found = max_pool1d(pad(found, (4, 0)), 5, 2) if found.shape[1] else found
-    return found.bool()
+    there: Tensor = found.bool()
+    return there
 
 
 def _halved_frames(config: Any, mask: Tensor) -> Tensor:
@@ -338,15 +339,8 @@ class SequenceAdapter(TrueLengthAdapter):
 
     def _check_options(self, options: Options, previous: Sequence[Sequence[Said]]) -> None:
         super()._check_options(options, previous)
-        self._refuse(
-            {
-                "times of words": options.word_timestamps,
-                "hotwords": options.hotwords,
-                "a word language model": options.language_model,
-                "beams": options.beam_size > 1,
-                "a temperature": options.temperatures[0] > 0,
-            }
-        )
+        self._refuse_search(options)
+        self._refuse({"times of words": options.word_timestamps})
 
     def _limit(self, seconds: float) -> int:
         """The most tokens that so much audio can have."""

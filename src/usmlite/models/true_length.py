@@ -276,6 +276,17 @@ class TrueLengthAdapter(Adapter):
             raise unknown_task(options.task, ("transcribe",), self._where, "Choose a Whisper model for that.")
         self._refuse({"an initial prompt": options.initial_prompt, "the text before": any(previous)})
 
+    def _refuse_search(self, options: Options) -> None:
+        """Raises ModelError for all that is not greedy, where texts are found by Transformers' `generate`."""
+        self._refuse(
+            {
+                "hotwords": options.hotwords,
+                "a word language model": options.language_model,
+                "beams": options.beam_size > 1,
+                "a temperature": options.temperatures[0] > 0,
+            }
+        )
+
     # Weights
 
     def compressible(self, model: nn.Module) -> dict[str, str]:
