@@ -14,10 +14,10 @@ from small_ctc import CONFIGS as CTC
 from small_ctc import WITHOUT as WITHOUT_CTC
 from small_ctc import save_pieces
 
-BLANK = 33
+BLANK = 32
 _JOINT: dict[str, Any] = {
     "encoder_config": {**CTC["ParakeetForCTC"]["encoder_config"], "initializer_range": 0.3},
-    "decoder_hidden_size": 32, "num_decoder_layers": 2, "vocab_size": 34, "blank_token_id": BLANK,
+    "decoder_hidden_size": 32, "num_decoder_layers": 2, "vocab_size": 33, "blank_token_id": BLANK,
     "pad_token_id": 0, "max_symbols_per_step": 3,
 }  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -633,6 +633,8 @@ def train_compression(student: nn.Module, *, network: bool = False) -> None:
     for module in student.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
+        if isinstance(module, nn.RNNBase) and not module.dropout:
+            module.train()  # computes the same, but cuDNN has no gradients otherwise
     for _, layer in compressed_layers(student):
         layer.compression.train()
 

@@ -19,12 +19,12 @@ _LEAST_REST = 1e-9
 def rnnt_loss(blank: Tensor, label: Tensor, frames: Tensor, labels: Tensor) -> Tensor:
     """Sequence transduction (Graves 2012, arXiv 1211.3711), nats, float32 `[batch]`.
 
-    Transformers' own needs torchaudio. Frame by frame: what is said within one is a running sum, what came from
-    the one before is added by a cumulative log-sum-exp.
+    Transformers' own needs torchaudio. Frame by frame: what is said within one is a running sum, what came
+    from the one before is added by a cumulative log-sum-exp.
 
     Args:
         blank: log probability of going on to the next frame, float32 `[batch, frames, labels + 1]`.
-        label: of saying the next label, of the same shape; the last place has none, its value does not matter.
+        label: of saying the next label, of the same shape; the last place's value does not matter.
         frames: of each row, int64 `[batch]`.
         labels: of each row, int64 `[batch]`.
     """

@@ -107,11 +107,15 @@ class TransducerAdapter(FrameAdapter):
     ) -> list[Decoded]:
         """The likeliest label at each step; see `Adapter.transcribe`."""
         self._check_options(options, previous)
+        sizes = cast(Any, self.config)
         batch, dtype = self._inputs(audio), next(model.parameters()).dtype
-        likelihoods = Likelihoods(cast(Any, self.config).vocab_size)
+        frames: list[int] = self.frames(batch["lengths"]).tolist()
+        limits = [sizes.max_symbols_per_step * count for count in frames]
+        likelihoods = Likelihoods(sizes.vocab_size)
         settings = cast(Any, GenerationConfig)(
-            num_beams=1, do_sample=False, decoder_start_token_id=self.blank, pad_token_id=self.blank
-        )
+            max_new_tokens=max(limits), num_beams=1, do_sample=False,
+            decoder_start_token_id=self.blank, pad_token_id=self.blank,
+        )  # fmt: skip
         with torch.inference_mode():
             found = cast(Any, model).generate(
                 batch[self.main_input].to(dtype),
@@ -119,14 +123,12 @@ class TransducerAdapter(FrameAdapter):
                 generation_config=settings,
                 logits_processor=LogitsProcessorList([likelihoods]),
             )
-        counts = self.frames(batch["lengths"]).tolist()
         # The blank that everything begins with is no step.
-        steps = zip(
-            found.sequences[:, 1:].tolist(), found.durations[:, 1:].tolist(), likelihoods.rows(), strict=True
-        )
+        labels, far = (rows[:, 1:].tolist() for rows in (found.sequences, found.durations))
+        steps = [list(zip(*row, strict=True)) for row in zip(labels, far, likelihoods.rows(), strict=True)]
         return [
-            self._placed(list(zip(*row, strict=True)), count, len(samples) / SAMPLE_RATE, options)
-            for row, count, samples in zip(steps, counts, audio, strict=True)
+            self._placed(row[:limit], count, len(samples) / SAMPLE_RATE, options)
+            for row, limit, count, samples in zip(steps, limits, frames, audio, strict=True)
         ]
 
     def _placed(
@@ -135,9 +137,9 @@ class TransducerAdapter(FrameAdapter):
         """What is said in steps of a label, how many frames to go on and the log probability."""
         at = accumulate((far for _, far, _ in steps), initial=0)
         taken = [(frame, *step) for frame, step in zip(at, steps, strict=False) if frame < frames]
-        frame_seconds = seconds / frames
+        length = seconds / frames
         emitted = [
-            Emitted(label, frame * frame_seconds, min(frame + max(1, far), frames) * frame_seconds, logprob)
+            Emitted(label, frame * length, min(frame + max(1, far), frames) * length, logprob)
             for frame, label, far, logprob in taken
             if label != self.blank
         ]
