@@ -28,7 +28,11 @@ from usmlite.packfile import CONFIG_NAME, WEIGHTS_NAME, Manifest, WeightsFile
 Hold = Literal["float32", "int8", "packed", "mapped"]
 HOLDS: tuple[Hold, ...] = get_args(Hold)
 
-_LAYERS = ("encoder_layers", "decoder_layers", "num_hidden_layers")
+_LAYERS = (
+    "encoder_layers", "decoder_layers", "num_hidden_layers", "encoder_num_hidden_layers",
+    "decoder_num_hidden_layers", "num_decoder_layers", "num_conv_layers",
+)  # fmt: skip
+_MOST_POSITIONS = 1 << 20  # of tables that are computed; ten hours of audio have fewer
 
 
 def fastest_hold() -> Hold:
@@ -308,6 +312,8 @@ def _skeleton(values: dict[str, Any], tensors: int, path: Path) -> nn.Module:
             if name in _LAYERS and not (isinstance(value, int) and 0 <= value <= tensors):
                 # Every layer has tensors of its own; more layers than tensors would only cost time.
                 raise wrong(f"{name} of at most {tensors}", repr(value))
+            if name.endswith("positions") and not (isinstance(value, int) and 0 <= value <= _MOST_POSITIONS):
+                raise wrong(f"{name} of at most {_MOST_POSITIONS}", repr(value))
             if name.endswith("attention_heads") and not (isinstance(value, int) and value >= 1):
                 # Whether they divide the width is checked by Transformers, which takes negative ones as well.
                 raise wrong(f"{name} of at least 1", repr(value))

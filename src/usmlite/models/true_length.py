@@ -115,8 +115,18 @@ class TrueLengthAdapter(Adapter):
 
     @classmethod
     def model_class(cls) -> type[PreTrainedModel]:
-        """The class that the layout names."""
-        return cast(type[PreTrainedModel], getattr(transformers, cls.layout.model))
+        """The class that the layout names.
+
+        Raises:
+            ModelError: Transformers is too old.
+        """
+        found = getattr(transformers, cls.layout.model, None)
+        if found is None:
+            raise ModelError(
+                "this version of Transformers does not have the model's class", where=cls.layout.model,
+                found=f"Transformers {transformers.__version__}", remedy="pip install --upgrade transformers",
+            )  # fmt: skip
+        return cast(type[PreTrainedModel], found)
 
     @classmethod
     def from_directory(cls, directory: str | Path, config: PretrainedConfig, *, local: bool = True) -> Self:
