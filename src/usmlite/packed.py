@@ -312,7 +312,8 @@ def _skeleton(values: dict[str, Any], tensors: int, path: Path) -> nn.Module:
             if name in _LAYERS and not (isinstance(value, int) and 0 <= value <= tensors):
                 # Every layer has tensors of its own; more layers than tensors would only cost time.
                 raise wrong(f"{name} of at most {tensors}", repr(value))
-            if name.endswith("positions") and not (isinstance(value, int) and 0 <= value <= _MOST_POSITIONS):
+            tables = name.startswith("max_") and "position" in name
+            if tables and not (isinstance(value, int) and 0 <= value <= _MOST_POSITIONS):
                 raise wrong(f"{name} of at most {_MOST_POSITIONS}", repr(value))
             if name.endswith("attention_heads") and not (isinstance(value, int) and value >= 1):
                 # Whether they divide the width is checked by Transformers, which takes negative ones as well.

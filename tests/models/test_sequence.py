@@ -19,7 +19,7 @@ from small_sequence import CLASSES, CONFIGS, WITHOUT, save_model, small_model
 from usmlite.cli import main
 from usmlite.compress import compress
 from usmlite.distill import Distillation, LossWeights
-from usmlite.errors import AudioError, DataError, ModelError
+from usmlite.errors import AudioError, DataError, ModelError, PackedModelError
 from usmlite.info import describe
 from usmlite.load import load
 from usmlite.models import SequenceAdapter, TimedText, load_teacher
@@ -351,6 +351,24 @@ def test_a_config_that_contradicts_the_weights_is_refused_before_anything_is_mad
         (folder / "config.json").write_text(json.dumps({**good, **changes}))
         with pytest.raises(ModelError, match=said):
             load_teacher(folder)
+
+
+def test_a_packed_model_that_claims_too_much_is_refused(directories: dict[str, Path], tmp_path: Path) -> None:
+    teacher = load_teacher(directories[MOONSHINE])
+    kinds = teacher.adapter.compressible(teacher.model)
+    student = make_student(teacher.model, kinds, CompressionSpec.simple(4))
+    pack(student.eval(), teacher.adapter, tmp_path / "out")
+    path = tmp_path / "out/config.json"
+    good = json.loads(path.read_text())
+    for changes in (
+        {"encoder_num_hidden_layers": 1 << 30},
+        {"max_position_embeddings": 1 << 40},
+        {"decoder_num_attention_heads": 0},
+        {"vocab_size": 7},
+    ):
+        path.write_text(json.dumps({**good, **changes}))
+        with pytest.raises(PackedModelError):
+            load_packed(tmp_path / "out")
 
 
 def test_words_can_be_swapped(directories: dict[str, Path], speech: Path, tmp_path: Path) -> None:
