@@ -277,7 +277,7 @@ def test_a_long_recording_is_cut_where_it_is_quiet(name: str, directories: dict[
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"word_timestamps": True}, "times of words"),
+        ({"word_timestamps": True}, "does not say when it heard a word"),
         ({"initial_prompt": "names"}, "an initial prompt"),
         ({"hotwords": "names"}, "hotwords"),
         ({"language_model": "lm.arpa"}, "a word language model"),

@@ -340,7 +340,11 @@ class SequenceAdapter(TrueLengthAdapter):
     def _check_options(self, options: Options, previous: Sequence[Sequence[Said]]) -> None:
         super()._check_options(options, previous)
         self._refuse_search(options)
-        self._refuse({"times of words": options.word_timestamps})
+        if options.word_timestamps:
+            raise ModelError(
+                f"{self.called} does not say when it heard a word", where=self._where,
+                remedy="Leave times of words and streaming out, or choose a Whisper or CTC model.",
+            )  # fmt: skip
 
     def _limit(self, seconds: float) -> int:
         """The most tokens that so much audio can have."""
