@@ -204,6 +204,8 @@ def test_every_weight_has_its_rule_and_learns(name: str, directories: dict[str, 
     assert len(adapter.layers()) == 2
     student = make_student(teacher.model, kinds, CompressionSpec.simple(4, "2:4"))
     train_compression(student)
+    assert [name for name, module in student.named_modules() if module.training and "lstm" in name]  # cuDNN
+    assert not student.get_submodule("encoder").training
     batch = heard(adapter)
     sound = batch.pop("input_features")
     distillation = Distillation(

@@ -65,11 +65,11 @@ class TransducerAdapter(FrameAdapter):
 
     def _check_tokenizer(self) -> None:
         vocabulary, highest = cast(Any, self.config).vocab_size, self._highest_label(())
-        if highest >= vocabulary or highest == self.blank:
+        if highest >= vocabulary:
             raise ModelError(
                 "the tokenizer does not fit the model",
                 where=self._where,
-                expected=f"labels below {vocabulary}, the blank {self.blank} none of them",
+                expected=f"labels below {vocabulary}",
                 found=f"labels up to {highest}",
                 remedy=PROCESSOR_REMEDY,
             )
