@@ -62,6 +62,20 @@ def test_tdt_is_the_sum_over_all_ways() -> None:
     assert found.tolist() == pytest.approx([one, by_hand(blank[1], label[1], durations[1])], rel=1e-4)
 
 
+def test_a_text_that_no_way_leads_to_is_infinitely_unlikely_and_has_no_gradient() -> None:
+    blank, label = lattice(2, 4, 3)
+    blank.requires_grad_()
+    durations = torch.zeros(2, 4, 4, 1)  # every step goes on one frame, and the last one says nothing
+    found = tdt_loss(blank, label, torch.tensor([3, 4]), torch.tensor([3, 3]), durations, (1,))
+    assert found[0] == torch.inf
+    only = label[1, range(3), range(3)].sum() + blank[1, 3, 3].detach()
+    assert found[1].item() == pytest.approx(-only.item(), rel=1e-5)
+    found[found.isfinite()].sum().backward()
+    assert blank.grad is not None
+    assert blank.grad.isfinite().all()
+    assert float(blank.grad[0].abs().max()) == 0.0
+
+
 def test_the_gradient_is_that_of_finite_differences_and_stays_within_the_row() -> None:
     blank, label = (each.double().requires_grad_() for each in lattice(2, 4, 3))
     counts = torch.tensor([3, 4]), torch.tensor([2, 3])

@@ -296,7 +296,7 @@ class TransducerNetwork(FrameNetwork):
             losses = rnnt_loss(blank, label, frames, counts)
         else:
             durations = logits.new_zeros((*places.shape, len(self._durations)), dtype=torch.float32)
-            durations[places] = logits[:, vocabulary:].float()
+            durations[places] = log_softmax(logits[:, vocabulary:].float(), dim=-1)
             losses = tdt_loss(blank, label, frames, counts, durations, self._durations)
         fits = losses.isfinite() & (counts > 0)
         if not bool(fits.any()):

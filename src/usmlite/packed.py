@@ -307,6 +307,9 @@ def _skeleton(values: dict[str, Any], tensors: int, path: Path) -> nn.Module:
         family = adapter_class(values.get("model_type"), path)
     except ModelError as error:
         raise wrong(error.expected, error.found) from error
+    for name, value in family.fixed_settings.items():
+        if values.get(name, value) != value:
+            raise wrong(f"{name} of {value}", repr(values[name]))
     for settings in (values, values.get("encoder_config")):
         for name, value in settings.items() if isinstance(settings, dict) else ():
             if name in _LAYERS and not (isinstance(value, int) and 0 <= value <= tensors):
@@ -321,9 +324,6 @@ def _skeleton(values: dict[str, Any], tensors: int, path: Path) -> nn.Module:
             if name.endswith("dropout") and not (isinstance(value, int | float) and 0 <= value <= 1):
                 # Nothing is dropped here, but torch looks at it all the same, when the model is used.
                 raise wrong(f"{name} from 0 to 1", repr(value))
-    for name, value in family.fixed_settings.items():
-        if values.get(name, value) != value:
-            raise wrong(f"{name} of {value}", repr(values[name]))
     try:
         return skeleton(read_configuration(values, path))
     except ModelError as error:
