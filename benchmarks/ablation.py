@@ -23,13 +23,13 @@ from rich.console import Console
 from pages import place
 from usmlite.atomic import write_json
 from usmlite.audio import WINDOW_SAMPLES, WINDOW_SECONDS, load_audio
-from usmlite.compress import spread_out
 from usmlite.data import load_corpus
 from usmlite.evaluate import describe_machine, describe_versions
 from usmlite.grid import expand
 from usmlite.load import load
 from usmlite.models import Options, Teacher, TimedText, load_teacher
 from usmlite.network import IGNORED
+from usmlite.speech import spread_out
 from usmlite.sweep import sweep
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -49,34 +49,34 @@ bool careful_step(const uint32_t* tables, const uint32_t* starts, uint32_t* stat
   return true;
 }
 
-// What decoding needs of a trellis, and the state of every column.
+// What decoding needs of a trellis, and the state of every column. In bytes and without look-ups, so that compilers take
+// as many columns at once as a register has bytes.
 struct Trellis {
-  uint8_t next[2 * kMostStates] = {};  // by state and parity
-  uint8_t codes[2 * kSymbols] = {};    // by quantizer and symbol
+  uint8_t quantizer = 0, parity = 0;  // what they add to a state
   std::vector<uint8_t> columns;
 
   Trellis(int states, size_t count) : columns(count) {
-    for (int state = 0; state < states; ++state) {
-      for (int parity = 0; parity < 2; ++parity) next[2 * state + parity] = next_state(states, state, parity);
-    }
-    for (int symbol = 0; symbol < kSymbols; ++symbol) {
-      for (int quantizer = 0; quantizer < 2; ++quantizer) {
-        codes[quantizer * kSymbols + symbol] = trellis_code(quantizer, symbol);
-      }
-    }
+    if (states == 0) return;
+    quantizer = next_state(states, 1, 0);
+    parity = next_state(states, 0, 1);
   }
 
   // The tables of neighbours in a row, from the first ones of the two quantizers.
   void choose(size_t column, size_t count, uint32_t* starts) const {
-    for (size_t k = 0; k < count; ++k) starts[k] = 2 * starts[k] + (static_cast<uint32_t>(columns[column + k] & 1) << kBits);
+    const uint8_t* own = columns.data() + column;
+    for (size_t k = 0; k < count; ++k) starts[k] = 2 * starts[k] + (static_cast<uint32_t>(own[k] & 1) << kBits);
   }
 
-  // Their symbols to codes; their columns' states move on.
+  // Their symbols to codes, as trellis_code() has it; their columns' states move on, as next_state() has it.
   void follow(size_t column, size_t count, uint8_t* out) {
+    uint8_t* own = columns.data() + column;
+    const uint8_t by_quantizer = quantizer, by_parity = parity;
     for (size_t k = 0; k < count; ++k) {
-      const int state = columns[column + k], symbol = out[k];
-      out[k] = codes[(state & 1) * kSymbols + symbol];
-      columns[column + k] = next[2 * state + (symbol & 1)];
+      const uint8_t state = own[k], symbol = out[k], odd = static_cast<uint8_t>(-(state & 1));
+      const int8_t steps = static_cast<int8_t>(symbol - kSymbols / 2);
+      const int8_t sign = static_cast<int8_t>((steps > 0) - (steps < 0));
+      out[k] = static_cast<uint8_t>(128 + 2 * steps - (sign & odd));
+      own[k] = static_cast<uint8_t>((state >> 1) ^ (by_quantizer & odd) ^ (by_parity & -(symbol & 1)));
     }
   }
 };

@@ -12,13 +12,17 @@ import torch
 from rich.console import Console
 
 from small_whisper import small_teacher
-from usmlite.compress import Speech, _candidates, check_trellis, compress, expected_bytes, training_targets
+from usmlite.compress import compress
 from usmlite.errors import OutputError, RecipeError, SpecError, UsmliteError
 from usmlite.evaluate import Evaluation
 from usmlite.load import load
 from usmlite.models import load_teacher
 from usmlite.recipe import Recipe, build_recipe, load_recipe
 from usmlite.spec import CompressionSpec, LayerSpec, Rule
+from usmlite.speech import Speech
+from usmlite.start import check_trellis
+from usmlite.target_size import candidates, expected_bytes
+from usmlite.targets import training_targets
 
 TEXTS = ["hello", "good day", "a tree", "the sea", "no", "yes we go"]
 
@@ -198,13 +202,13 @@ def test_a_learned_allocation_keeps_the_size_and_what_was_measured(model, speech
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules["usmlite.compress"], "learn_allocation", killed)
+        patched.setattr(sys.modules["usmlite.target_size"], "learn_allocation", killed)
         with pytest.raises(Killed):
             compress(plan, tmp_path / "run")
     measured = json.loads((tmp_path / "run" / "allocation.json").read_text())
     assert not (tmp_path / "run" / "spec.toml").exists()
     with monkeypatch.context() as patched:
-        patched.setattr(sys.modules["usmlite.compress"], "allocate", killed)  # nothing is measured again
+        patched.setattr(sys.modules["usmlite.target_size"], "allocate", killed)  # nothing is measured again
         report = compress(plan, tmp_path / "run")
     assert 44_000 < report["packed_bytes"] <= 55_000
     state = json.loads((tmp_path / "run" / "allocation-mixture.json").read_text())
@@ -348,6 +352,6 @@ def test_a_trellis_is_for_weights_that_are_not_trained() -> None:
 )
 def test_trellis_candidates_are_for_what_stays(settings: dict[str, Any], along: set[str]) -> None:
     spec = {**settings.get("spec", {}), "candidates": "trellis"}
-    candidates = _candidates(build_recipe({**settings, "spec": spec}))
-    found = {kind for kind in ("linear", "embedding") if any(each.trellis for each in candidates(kind))}
+    offered = candidates(build_recipe({**settings, "spec": spec}))
+    found = {kind for kind in ("linear", "embedding") if any(each.trellis for each in offered(kind))}
     assert found == along

@@ -18,16 +18,13 @@ from hypothesis import strategies as st
 from usmlite.audio import SAMPLE_RATE, WINDOW_SAMPLES
 from usmlite.data import (
     Utterance,
-    Window,
-    by_length,
     describe_corpus,
     load_corpus,
-    load_window,
-    pack_windows,
     usable_for_training,
     write_manifest,
 )
 from usmlite.errors import AudioError, DataError
+from usmlite.training_windows import Window, by_length, load_window, pack_windows
 
 
 def speak(path: Path, seconds: float = 1.0, level: float = 0.3, **options: str) -> Path:

@@ -746,7 +746,7 @@ def test_layers_along_a_trellis_are_checked() -> None:
     assert layer.trellis == 8
     assert set(parts) == {"coded"}
     assert_same(layer.decoded(parts, where="w"), fixed)
-    assert packfile._read_layer(layer.to_dict(), 3, "here") == layer
+    assert PackedLayer.from_dict(layer.to_dict(), 3, where="here") == layer
     for values, version in (
         (layer.to_dict(), 2),
         ({**layer.to_dict(), "trellis": 5}, 3),
@@ -758,7 +758,7 @@ def test_layers_along_a_trellis_are_checked() -> None:
         ({**layer.to_dict(), "coded": None}, 3),
     ):
         with pytest.raises(PackedModelError, match=r"here\.trellis|here\.tables|here\.coded"):
-            packfile._read_layer(values, version, "here")
+            PackedLayer.from_dict(values, version, where="here")
     codes[5, 5] ^= 1
     with pytest.raises(ModelError, match=r"does not follow its trellis.*hessian"):
         PackedLayer((64, 96), spec).encoded(fixed, codes, 8)
@@ -771,12 +771,12 @@ def test_coded_layers_are_checked() -> None:
     layer, parts = PackedLayer((64, 96), spec).encoded(fixed, codes)
     assert layer.coded == len(parts["coded"]) < 64 * 48
     assert_same(layer.decoded(parts, where="w"), fixed)
-    assert packfile._read_layer(layer.to_dict(), 2, "here") == layer
+    assert PackedLayer.from_dict(layer.to_dict(), 2, where="here") == layer
     with pytest.raises(PackedModelError, match=r"w\.coded"):
         layer.decoded({**parts, "coded": parts["coded"].flip(0)}, where="w")
     for wrong in (0, 64 * 48, 64 * 48 // 16 - 1, True, "many", 1.5):
         with pytest.raises(PackedModelError, match=r"here\.coded.*expected 192 to 3071"):
-            packfile._read_layer({**layer.to_dict(), "coded": wrong}, 2, "here")
+            PackedLayer.from_dict({**layer.to_dict(), "coded": wrong}, 2, where="here")
 
 
 def test_scales_of_8_bits_lie_with_the_coded_codes() -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from small_ctc import CONFIGS, save_model, small_model
+from small_whisper import small_teacher
+from usmlite import plan
 from usmlite.cli import main
 from usmlite.devices import GIB, KNOWN, read_devices
 from usmlite.errors import ModelError, RecipeError
@@ -95,6 +97,19 @@ def test_a_depth_is_extrapolated_to_what_the_whole_gives(tmp_path):
         assert read_outline(tmp_path / "config.json").depths == [layers]
     assert plans[0].operations < plans[1].operations < 2 * plans[0].operations
     assert plans[0].memory[0].activations < plans[1].memory[0].activations
+
+
+@pytest.mark.parametrize("depths", [(6, 6), (6, 3), (1, 5)])
+def test_stacks_of_any_depth_are_extrapolated_to_what_the_whole_gives(tmp_path, monkeypatch, depths):
+    model, _ = small_teacher(encoder_layers=depths[0], decoder_layers=depths[1])
+    config = model.config.to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    extrapolated = make_plan(tmp_path / "config.json", build_recipe({}), CARD, engines=("single",))
+    monkeypatch.setattr(plan, "_SHALLOW", 100)
+    whole = make_plan(tmp_path / "config.json", build_recipe({}), CARD, engines=("single",))
+    assert extrapolated.operations == pytest.approx(whole.operations, rel=1e-6)
+    assert extrapolated.memory[0].activations == pytest.approx(whole.memory[0].activations, rel=0.02)
+    assert extrapolated.memory[0].peak == pytest.approx(whole.memory[0].peak, rel=0.02)
 
 
 def test_the_command(tmp_path, capsys):

@@ -6,6 +6,7 @@ Everything downstream hears the same thing: mono float32 samples at 16 kHz, in -
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from usmlite import shards
 from usmlite.errors import AudioError, AudioFormatError, AudioTooLongError
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 # process does, starts in a moment and stays small.
 
 Source: TypeAlias = str | PathLike[str] | BinaryIO
-"""A path, or an open file (or `io.BytesIO`) that can be read and sought."""
+"""A path, also into a tar file (`usmlite.shards`), or an open file (or `io.BytesIO`) that can be sought."""
 
 SAMPLE_RATE = 16_000
 WINDOW_SECONDS = 30.0
@@ -222,7 +224,9 @@ def _check_file(path: str | PathLike[str]) -> None:
 
 def _opened(source: Source) -> soundfile.SoundFile:
     where = _name(source)
-    if isinstance(source, (str, PathLike)):
+    if isinstance(source, (str, PathLike)) and shards.shard_of(source) is not None:
+        source = _in_shard(source)
+    elif isinstance(source, (str, PathLike)):
         _check_file(source)
     try:
         sound = soundfile.SoundFile(os.fspath(source) if isinstance(source, (str, PathLike)) else source)
@@ -250,6 +254,13 @@ def _opened(source: Source) -> soundfile.SoundFile:
             remedy="Such files come from encoders that wrote to a pipe; convert it again.",
         )
     return sound
+
+
+def _in_shard(path: str | PathLike[str]) -> BinaryIO:
+    try:
+        return io.BytesIO(shards.read_member(path))
+    except OSError as error:
+        raise AudioError("cannot be read from its shard", where=path, found=error) from error
 
 
 def _reason(error: Exception) -> str:

@@ -21,17 +21,7 @@ from usmlite import student as students
 from usmlite import tables
 from usmlite.atomic import write_json
 from usmlite.checkpoint import load_student
-from usmlite.compress import (
-    Speech,
-    as_written,
-    claim,
-    dev_wer,
-    learnable,
-    make_report,
-    measure,
-    training_bar,
-    training_targets,
-)
+from usmlite.compress import claim, make_report, measure
 from usmlite.data import Utterance
 from usmlite.errors import ModelError, OutputError, RecipeError
 from usmlite.load import RECIPE_FILE, REPORT_FILE, dense_recognizer
@@ -39,8 +29,12 @@ from usmlite.models import Teacher, WhisperAdapter, load_teacher
 from usmlite.models.vocabulary import characters, labels_of, pieces, plain
 from usmlite.models.whisper_ctc import WhisperForCTC
 from usmlite.models.whisper_ctc_adapter import WhisperCTCAdapter
+from usmlite.progress import training_bar
 from usmlite.recipe import Recipe
 from usmlite.recipe.sections import CTCRecipe
+from usmlite.speech import Speech
+from usmlite.targets import as_written, learnable, training_targets
+from usmlite.validation import dev_wer
 
 TRAINING_FOLDER, START_FOLDER = "training", "start"
 _FRAME = 0.02  # seconds of an encoder frame

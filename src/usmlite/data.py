@@ -1,7 +1,7 @@
-"""Corpora of speech, and the 30-second windows that training reads.
+"""Corpora of speech.
 
-A corpus is a JSONL manifest, a LibriSpeech directory as it unpacks, or a plain folder of audio; each
-becomes a list of `Utterance`. Nothing outside the given path is read.
+A corpus is a JSONL manifest, a LibriSpeech directory as it unpacks, a plain folder of audio, or shards (tar
+files); each becomes a list of `Utterance`. Nothing outside the given path is read.
 """
 
 from __future__ import annotations
@@ -10,32 +10,26 @@ import hashlib
 import json
 import math
 import os
-import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-import numpy as np
-
+from usmlite import shards
 from usmlite.atomic import write_bytes
 from usmlite.audio import (
-    MIN_SECONDS,
-    SAMPLE_RATE,
     SUFFIXES,
-    WINDOW_SAMPLES,
     WINDOW_SECONDS,
     audio_seconds,
-    load_audio,
 )
 from usmlite.errors import AudioError, DataError
 
 MANIFEST_NAME = "manifest.jsonl"
 
-_ACCEPTED = "a .jsonl manifest, a LibriSpeech folder or a folder of audio"
+_ACCEPTED = "a .jsonl manifest, a LibriSpeech folder, a folder of audio, or .tar shards"
 _TOLERANCE = (0.1, 0.02)  # a stated duration may be wrong by 0.1 s or by 2 %, whichever is more
-_OPEN_WINDOWS = 64
 _LIBRISPEECH_ID = re.compile(r"(\d+)-\d+-\d+")
 
 
@@ -62,19 +56,6 @@ class Utterance:
     snr_db: float | None = None
 
 
-@dataclass(frozen=True)
-class Window:
-    """Utterances that share one 30-second window.
-
-    Attributes:
-        utterances: in order of time.
-        starts: where each begins, in seconds within the window.
-    """
-
-    utterances: tuple[Utterance, ...]
-    starts: tuple[float, ...]
-
-
 def load_corpus(path: str | Path, *, require_text: bool = False, check_files: bool = True) -> list[Utterance]:
     """Reads the list of a corpus's utterances, without their audio.
 
@@ -85,7 +66,9 @@ def load_corpus(path: str | Path, *, require_text: bool = False, check_files: bo
             a folder that holds a `manifest.jsonl`;
             a LibriSpeech folder as it unpacks (SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt), or any
             folder above it;
-            a folder of audio files at any depth, with or without a .txt beside each.
+            a folder of audio files at any depth, with or without a .txt beside each;
+            a .tar file, or a folder of them, as WebDataset packs them: NAME.flac (or .wav, ...) with
+            NAME.txt or NAME.json (keys as in a manifest), nothing compressed.
         require_text: refuse utterances without text.
         check_files: open every audio file's header: it must exist, and a manifest's duration must
             agree with it. Folders are always checked, for their durations come from the headers.
@@ -100,9 +83,15 @@ def load_corpus(path: str | Path, *, require_text: bool = False, check_files: bo
     if os.path.isdir(path):
         if os.path.exists(path / MANIFEST_NAME):
             return _read_manifest(path / MANIFEST_NAME, require_text, check_files)
-        return _read_folder(path, require_text)
+        files = list(_files(path))
+        tars = [file for file in files if file.suffix == shards.SUFFIX]
+        if tars and not any(file.suffix.lower() in SUFFIXES for file in files):
+            return _read_shards(tars, require_text, check_files)
+        return _read_folder(path, files, require_text)
     if not os.path.exists(path):
         raise DataError("no such file or folder", where=path, expected=_ACCEPTED)
+    if path.suffix == shards.SUFFIX:
+        return _read_shards([Path(os.path.realpath(path))], require_text, check_files)
     if path.suffix.lower() not in (".jsonl", ".json"):
         raise DataError("not a corpus", where=path, expected=_ACCEPTED)
     return _read_manifest(path, require_text, check_files)
@@ -174,138 +163,6 @@ def usable_for_training(
     for utterance in utterances:
         (kept if utterance.duration <= WINDOW_SECONDS else too_long).append(utterance)
     return kept, too_long
-
-
-def pack_windows(
-    utterances: Sequence[Utterance],
-    *,
-    seed: int,
-    epoch: int,
-    single_fraction: float = 0.1,
-    max_gap: float = 0.5,
-) -> list[Window]:
-    """Packs utterances into 30-second windows, each utterance once, in a random order.
-
-    First fit over a shuffled list, so that hardly any of a training step is spent on padding. Some
-    windows hold one utterance only: the student also has to hear short audio followed by padding, as at
-    test time. The result depends on the arguments alone, on every machine.
-
-    Args:
-        utterances: none longer than 30 s (`usable_for_training` sorts those out).
-        seed: the run's seed.
-        epoch: packs differently in each epoch.
-        single_fraction: share of the windows, about, that hold one utterance taken at random. (A long
-            utterance that nothing fits beside has its window to itself as well.)
-        max_gap: longest silence put between two utterances, in seconds; 0 to `max_gap`, as fits.
-
-    Returns:
-        The windows, in random order.
-
-    Raises:
-        DataError: there is no utterance, or some are too long.
-    """
-    if not 0.0 <= single_fraction <= 1.0 or max_gap < 0.0:
-        raise ValueError(f"single_fraction must be 0 to 1 and max_gap >= 0: {single_fraction}, {max_gap}")
-    if not utterances:
-        raise DataError("there is no utterance to train on", where="corpus")
-    _, too_long = usable_for_training(utterances)
-    if too_long:
-        named = ", ".join(f"{u.id} ({u.duration:.1f} s)" for u in too_long[:5])
-        more = f" and {len(too_long) - 5} more" if len(too_long) > 5 else ""
-        raise DataError(
-            "utterances are too long for a training window",
-            where=named + more,
-            expected=f"at most {WINDOW_SECONDS:g} s",
-            remedy="Cut them at pauses into shorter files, or leave them out.",
-        )
-    # Seeded by a string: Python promises the same shuffle for it on every version and platform.
-    rng = random.Random(f"{seed}/{epoch}")
-    order = list(utterances)
-    rng.shuffle(order)
-    # With s singles among n utterances and p = windows per utterance when packed, there are
-    # s + (n - s) p windows; s is the share `single_fraction` of them.
-    per_utterance = len(_first_fit(order, max_gap, random.Random(0))) / len(order)
-    share = single_fraction
-    singles = round(share * per_utterance * len(order) / (1.0 - share + share * per_utterance))
-    windows = [Window((utterance,), (0.0,)) for utterance in order[:singles]]
-    windows += _first_fit(order[singles:], max_gap, rng)
-    rng.shuffle(windows)
-    return windows
-
-
-def by_length(windows: Sequence[Window], batch: int, *, first: int, seed: str) -> list[Window]:
-    """Orders windows so that those of a batch are of like length, and hardly any of it is padding.
-
-    Args:
-        windows: of one epoch.
-        batch: windows of a batch.
-        first: windows of the epochs before, of which the last batch may be begun.
-        seed: the batches come in an order drawn from it.
-
-    Returns:
-        The same windows.
-    """
-    begun = -first % batch
-    ordered = list(windows[:begun])
-    rest = sorted(windows[begun:], key=lambda w: w.starts[-1] + w.utterances[-1].duration)
-    batches = [rest[low : low + batch] for low in range(0, len(rest), batch)]
-    # One that is not full goes last, else all that follow would be cut elsewhere.
-    last = [batches.pop()] if batches and len(batches[-1]) < batch else []
-    random.Random(seed).shuffle(batches)
-    return ordered + [window for one in (*batches, *last) for window in one]
-
-
-def _first_fit(order: Sequence[Utterance], max_gap: float, rng: random.Random) -> list[Window]:
-    windows: list[tuple[list[Utterance], list[float]]] = []
-    unfilled: list[int] = []  # indices into windows, oldest first
-    ends: list[float] = []
-    for utterance in order:
-        gap = rng.uniform(0.0, max_gap)
-        for index in unfilled:
-            room = WINDOW_SECONDS - ends[index] - utterance.duration
-            if room >= 0.0:
-                start = ends[index] + min(gap, room)
-                break
-        else:
-            index, start = len(windows), 0.0
-            windows.append(([], []))
-            ends.append(0.0)
-            unfilled.append(index)
-            # A large corpus would otherwise search through thousands of nearly full windows.
-            if len(unfilled) > _OPEN_WINDOWS:
-                unfilled.remove(max(unfilled[:-1], key=lambda i: ends[i]))
-        windows[index][0].append(utterance)
-        windows[index][1].append(start)
-        ends[index] = start + utterance.duration
-    return [Window(tuple(held), tuple(starts)) for held, starts in windows]
-
-
-def load_window(window: Window) -> np.ndarray:
-    """Reads a window's audio.
-
-    Returns:
-        float32 `[480000]`: 30 s at 16 kHz, silence between and after the utterances.
-
-    Raises:
-        AudioError: an utterance's audio cannot be used.
-        DataError: an utterance is longer than its duration says, and so runs into the next.
-    """
-    samples = np.zeros(WINDOW_SAMPLES, np.float32)
-    firsts = [round(start * SAMPLE_RATE) for start in window.starts]
-    for utterance, first, end in zip(window.utterances, firsts, [*firsts[1:], WINDOW_SAMPLES], strict=True):
-        longest = (WINDOW_SECONDS + 1.0) * utterance.speed
-        audio = load_audio(utterance.audio, max_seconds=longest, speed=utterance.speed)
-        excess = first + len(audio) - end
-        if excess > MIN_SECONDS * SAMPLE_RATE:
-            raise DataError(
-                "the audio is longer than its utterance's duration",
-                where=utterance.audio,
-                expected=f"{utterance.duration:.2f} s",
-                found=f"{len(audio) / SAMPLE_RATE:.2f} s",
-                remedy="Correct the manifest's duration, or load the corpus with check_files=True.",
-            )
-        samples[first : min(first + len(audio), end)] = audio[: end - first]
-    return samples
 
 
 def _read_manifest(path: Path, require_text: bool, check_files: bool) -> list[Utterance]:
@@ -383,6 +240,11 @@ def _parse_row(line: str, where: str, root: Path, check_files: bool) -> Utteranc
             found=f"offset {row['offset']}",
             remedy="Cut the recording into one file for each utterance.",
         )
+    return _utterance(row, audio, given, where, check_files)
+
+
+def _utterance(row: dict[str, Any], audio: Path, given: str, where: str, check_files: bool) -> Utterance:
+    """One line of a manifest, or what a shard says of a sample, whose audio is there."""
     duration = _typed(row, "duration", float, where)
     if duration is not None and not (math.isfinite(duration) and duration > 0):
         raise DataError(
@@ -469,7 +331,8 @@ def _measure(audio: Path, where: str | Path) -> float:
     try:
         return audio_seconds(audio)
     except AudioError as error:
-        what = "the audio file is missing" if not os.path.exists(audio) else "the audio cannot be used"
+        there = os.path.exists(audio) or shards.shard_of(audio) is not None
+        what = "the audio cannot be used" if there else "the audio file is missing"
         raise DataError(what, where=where, found=error) from error
 
 
@@ -485,10 +348,10 @@ def _compare_durations(stated: float, measured: float, where: str, given: str) -
         )
 
 
-def _read_folder(folder: Path, require_text: bool) -> list[Utterance]:
+def _read_folder(folder: Path, files: Sequence[Path], require_text: bool) -> list[Utterance]:
     transcripts: list[Path] = []
     audio: list[Path] = []
-    for file in _files(folder):
+    for file in files:
         if file.name.endswith(".trans.txt"):
             transcripts.append(file)
         elif file.suffix.lower() in SUFFIXES:
@@ -497,7 +360,7 @@ def _read_folder(folder: Path, require_text: bool) -> list[Utterance]:
         raise DataError(
             "the folder holds no audio",
             where=folder,
-            expected=f"{MANIFEST_NAME}, or files that end in {', '.join(SUFFIXES)}",
+            expected=f"{MANIFEST_NAME}, or files that end in {', '.join(SUFFIXES)} or {shards.SUFFIX}",
         )
     root = Path(os.path.realpath(folder))
     if transcripts:
@@ -523,6 +386,68 @@ def _read_folder(folder: Path, require_text: bool) -> list[Utterance]:
                 remedy="Evaluation needs reference texts; only training can do without.",
             )
     return [replace(u, duration=_measure(u.audio, u.audio)) for u in utterances]
+
+
+def _read_shards(tars: Sequence[Path], require_text: bool, check_files: bool) -> list[Utterance]:
+    utterances: dict[str, Utterance] = {}
+    for tar in tars:
+        with _reading(tar):
+            found = shards.samples(tar)
+        for name, parts in found.items():
+            utterance = _sample(f"{tar}/{name}", name, parts, check_files)
+            if utterance.id in utterances:
+                raise DataError(
+                    f"duplicate id {utterance.id!r}", where=utterance.audio, expected="a name of its own",
+                    found=f"the name of {utterances[utterance.id].audio}",
+                )  # fmt: skip
+            if utterance.text is None and require_text:
+                raise DataError(
+                    "the audio has no text", where=utterance.audio,
+                    expected=f"{name}.txt or {name}.json beside it",
+                    remedy="Evaluation needs reference texts; only training can do without.",
+                )  # fmt: skip
+            utterances[utterance.id] = utterance
+    if not utterances:
+        raise DataError(
+            "the shards hold no audio", where=tars[0], expected="NAME.flac and NAME.txt or NAME.json"
+        )
+    return list(utterances.values())
+
+
+@contextmanager
+def _reading(where: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            "the shard cannot be read", where=where, found=error, remedy="Pack it again, without compression."
+        ) from error
+
+
+def _sample(where: str, name: str, parts: Mapping[str, Path], check_files: bool) -> Utterance:
+    """One utterance of a shard, from its files by their endings."""
+    audio = [path for suffix, path in parts.items() if f".{suffix}" in SUFFIXES]
+    if len(audio) != 1:
+        raise DataError(
+            "not a sample of speech", where=where, expected="one audio file",
+            found=", ".join(path.name for path in parts.values()),
+        )  # fmt: skip
+    row: Any = {}
+    if "json" in parts:
+        try:
+            with _reading(parts["json"]):
+                row = json.loads(shards.read_member(parts["json"]))
+        except (ValueError, RecursionError) as error:
+            raise DataError("not valid JSON", where=parts["json"], found=error) from error
+        if not isinstance(row, dict):
+            raise DataError("not a JSON object", where=parts["json"], found=_kind(row))
+    if "txt" in parts:
+        try:
+            with _reading(parts["txt"]):
+                row["text"] = " ".join(shards.read_member(parts["txt"]).decode("utf-8-sig").split())
+        except UnicodeDecodeError as error:
+            raise DataError("not UTF-8 text", where=parts["txt"], found=str(error)) from error
+    return _utterance(row, audio[0], f"{name}{audio[0].suffix}", where, check_files)
 
 
 def _files(folder: Path) -> Iterator[Path]:

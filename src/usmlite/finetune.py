@@ -31,7 +31,7 @@ from usmlite.audio import WINDOW_SECONDS
 from usmlite.augment import add_noise, spec_augment, swap_words
 from usmlite.average import averaged, take_average, update_average
 from usmlite.checkpoint import CheckpointFolder, save_student
-from usmlite.data import Utterance, Window, by_length, load_window, pack_windows
+from usmlite.data import Utterance
 from usmlite.distill import Distillation, LossWeights
 from usmlite.errors import OutputError, TrainingError
 from usmlite.memory import PeakMemory
@@ -40,6 +40,7 @@ from usmlite.movement import attach
 from usmlite.recipe import Recipe
 from usmlite.recipe.sections import TrainingRecipe
 from usmlite.schedule import moving_steps, rate
+from usmlite.training_windows import Window, by_length, load_window, pack_windows
 
 # Power of speech over that of noise where noise is added, in dB: from a busy room to a quiet one.
 _SNR_DB = (10.0, 40.0)

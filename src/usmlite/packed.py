@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from usmlite import kernels, packfile
 from usmlite.errors import ModelError, OutputError, PackedModelError
+from usmlite.memory import return_freed_memory
 from usmlite.models import Adapter, adapter_class, read_configuration, skeleton
 from usmlite.packfile import CONFIG_NAME, WEIGHTS_NAME, Manifest, WeightsFile
 
@@ -262,6 +263,8 @@ def load_packed(
         model.__dict__["save_pretrained"] = _refuse_saving
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    # Reading the tokenizer and decoding leave behind half as much again as the model takes.
+    return_freed_memory()
     return cast(PreTrainedModel, model), adapter
 
 
@@ -300,7 +303,7 @@ def _skeleton(values: dict[str, Any], tensors: int, path: Path) -> nn.Module:
     def wrong(expected: object, found: object) -> PackedModelError:
         return PackedModelError(
             "does not describe a model that can be loaded", where=path, expected=expected, found=found,
-            remedy="Copy or download the packed model again.",
+            remedy=packfile.COPY_AGAIN,
         )  # fmt: skip
 
     try:

@@ -44,7 +44,7 @@ EFFICIENCY = 0.35
 # Beside PyTorch's own tensors, on a GPU: the driver's context, libraries and their workspaces.
 _CONTEXT_BYTES = 1 << 30
 # Layers of the cut-down models that are traced, and timed, from which the full one is extrapolated.
-_SHALLOW, _TIMED = (2, 3), (1, 2)
+_SHALLOW, _TIMED = 2, (1, 2)
 _WINDOW_SECONDS = 30
 _FLOAT, _MOMENTS = 4, 8  # bytes a parameter; AdamW has two numbers
 
@@ -180,12 +180,17 @@ class Outline:
     config: PretrainedConfig
     adapter: Adapter
 
-    def at_depth(self, depth: int) -> Outline:
-        """The same with so many layers in every stack that has more."""
+    def at_depth(self, *depths: int) -> Outline:
+        """The same with at most so many layers in every stack: one number for all, or one for each."""
         config = copy.deepcopy(self.config)
-        for part in (config, getattr(config, "encoder_config", None)):
-            for name in _depths(part):
-                setattr(part, name, min(depth, getattr(part, name)))
+        stacks = [
+            (part, name)
+            for part in (config, getattr(config, "encoder_config", None))
+            for name in _depths(part)
+        ]
+        given = depths * len(stacks) if len(depths) == 1 else depths
+        for (part, name), depth in zip(stacks, given, strict=True):
+            setattr(part, name, min(depth, getattr(part, name)))
         return Outline(self.source, config, type(self.adapter).of_weights(config))
 
     @property
@@ -405,8 +410,8 @@ class _Traced:
 def _trace(outline: Outline, recipe: Recipe, device: Device, *, half: bool, recompute: bool) -> _Traced:
     """A step of the full model, from those of a few layers: every layer is like the others."""
 
-    def at(depth: int) -> _Traced:
-        cut = outline.at_depth(depth)
+    def at(*depths: int) -> _Traced:
+        cut = outline.at_depth(*depths)
         teacher, student = _models(cut, recipe)
         objective = _objective(cut, teacher, student, recipe)
         if recompute:
@@ -419,14 +424,20 @@ def _trace(outline: Outline, recipe: Recipe, device: Device, *, half: bool, reco
     return _extrapolated(outline, at)
 
 
-def _extrapolated(outline: Outline, at: Callable[[int], _Traced]) -> _Traced:
-    """What is linear in the depth, of the full model. Stacks of different depth count by their mean."""
-    deepest = max(outline.depths, default=1)
-    if deepest <= _SHALLOW[1]:
-        return at(deepest)
-    shallow, deep = at(_SHALLOW[0]), at(_SHALLOW[1])
-    mean = sum(outline.depths) / len(outline.depths)
-    return shallow.plus(deep.plus(shallow, -1.0), mean - _SHALLOW[0])
+def _extrapolated(outline: Outline, at: Callable[..., _Traced]) -> _Traced:
+    """What is linear in the depth of every stack, of the full model."""
+    depths = outline.depths
+    if max(depths, default=1) <= _SHALLOW + 1:
+        return at(max(depths, default=1))
+    shallow = at(_SHALLOW)
+    if len(set(depths)) == 1:
+        return shallow.plus(at(_SHALLOW + 1).plus(shallow, -1.0), depths[0] - _SHALLOW)
+    found = shallow
+    for number, depth in enumerate(depths):
+        if depth > _SHALLOW:
+            more = at(*(_SHALLOW + (each == number) for each in range(len(depths))))
+            found = found.plus(more.plus(shallow, -1.0), depth - _SHALLOW)
+    return found
 
 
 def _objective(outline: Outline, teacher: nn.Module, student: nn.Module, recipe: Recipe) -> Distillation:

@@ -66,15 +66,21 @@ def noise(seconds: float, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_the_whole_flow(
-    name: str, directories: dict[str, Path], speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    directories: dict[str, Path],
+    speech: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    report = compress(short_recipe(directories[name], speech, training={"attention": 0.1}), tmp_path)
+    monkeypatch.chdir(tmp_path)  # `usmlite report` writes where it is called
+    report = compress(short_recipe(directories[name], speech, training={"attention": 0.1}), tmp_path / "run")
     assert set(report["evaluations"]) == {"dense", "packed"}
-    log = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (tmp_path / "run/train.jsonl").read_text().splitlines()]
     assert len(log) == 3
     assert all(0 < row[term] < 1e4 for row in log for term in ("kl", "ce", "states", "layers", "attention"))
 
-    student, packed = load(tmp_path / "best"), load(tmp_path / "packed", hold="float32")
+    student, packed = load(tmp_path / "run/best"), load(tmp_path / "run/packed", hold="float32")
     assert type(packed.model) is type(student.model)
     theirs = packed.model.state_dict()
     for key, value in student.model.state_dict().items():
@@ -84,11 +90,11 @@ def test_the_whole_flow(
     audio = [np.asarray(soundfile.read(speech.parent / f"{i}.wav", dtype="float32")[0]) for i in range(4)]
     assert packed.transcribe_batch(audio) == student.transcribe_batch(audio)
     for hold in HOLDS:
-        model, adapter = load_packed(tmp_path / "packed", hold=hold, activations="float32")
+        model, adapter = load_packed(tmp_path / "run/packed", hold=hold, activations="float32")
         assert torch.allclose(logits(model, adapter), expected, atol=1e-4), hold
         again = [each.text for each in adapter.transcribe(model, [torch.from_numpy(a) for a in audio])]
         assert again == packed.transcribe_batch(audio), hold
-    theirs_model = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "packed")
+    theirs_model = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "run/packed")
     assert torch.allclose(logits(theirs_model, packed.adapter), found, atol=1e-5)
 
     commands = (
@@ -96,13 +102,13 @@ def test_the_whole_flow(
             "transcribe",
             str(speech.parent / "0.wav"),
             "--model",
-            str(tmp_path / "packed"),
+            str(tmp_path / "run/packed"),
             "--hold",
             "float32",
         ],
-        ["evaluate", str(tmp_path / "packed"), "--data", str(speech)],
-        ["info", str(tmp_path / "packed")],
-        ["report", str(tmp_path)],
+        ["evaluate", str(tmp_path / "run/packed"), "--data", str(speech)],
+        ["info", str(tmp_path / "run/packed")],
+        ["report", str(tmp_path / "run")],
     )
     for command in commands:
         assert main(command) == 0, command

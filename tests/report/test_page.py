@@ -118,10 +118,11 @@ def test_figures_have_their_data(page: str, study: Path) -> None:
     assert data["runs"] == ["int8", "trained"]
     report = read_report([study])
     wanted = report.to_json()["figures"]
-    assert {figure["key"]: data["rows"][figure["rows"]] for figure in data["figures"]} == wanted
+    rows = [[dict(zip(each["keys"], row, strict=True)) for row in each["values"]] for each in data["rows"]]
+    assert {figure["key"]: rows[figure["rows"]] for figure in data["figures"]} == wanted
     for figure in data["figures"]:
         assert "datasets" not in figure["spec"]
-        assert all(data["rows"][place] for place in figure["data"].values())
+        assert all(rows[place] for place in figure["data"].values())
 
 
 def test_hostile_texts_and_names_stay_texts(study: Path) -> None:

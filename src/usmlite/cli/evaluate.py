@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
     parser.add_argument("source", metavar="MODEL", help="dense, student checkpoint or packed model")
     parser.add_argument(
         "--data", required=True, metavar="D",
-        help="speech with text: a manifest.jsonl, a LibriSpeech directory or a folder of audio and .txt",
+        help="speech with text: a manifest.jsonl, a LibriSpeech directory, a folder with .txt files, shards",
     )  # fmt: skip
     parser.add_argument(
         "--against", metavar="OTHER", help="another model, or a .json of an earlier run on the same data"

@@ -48,7 +48,7 @@ class DataRecipe:
 
     train: str | None = _key(
         None,
-        "speech to fine-tune on: a manifest.jsonl, a LibriSpeech directory or a folder of audio",
+        "speech to fine-tune on: a manifest.jsonl, a LibriSpeech directory, a folder of audio, or tar shards",
         flag="data",
         path=True,
     )

@@ -3,10 +3,12 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const root = document.documentElement;
   const boxes = [...document.querySelectorAll('#runs input[type="checkbox"]')];
+  const rows = data.rows.map(({ keys, values }) =>
+    values.map((row) => Object.fromEntries(keys.map((key, at) => [key, row[at]]))));
   const figures = new Map(data.figures.map((figure) => {
-    const datasets = Object.fromEntries(Object.entries(figure.data).map(([name, at]) => [name, data.rows[at]]));
+    const datasets = Object.fromEntries(Object.entries(figure.data).map(([name, at]) => [name, rows[at]]));
     const spec = { ...figure.spec, datasets };
-    return [figure.key, { ...figure, spec, rows: data.rows[figure.rows], chosen: {}, view: null }];
+    return [figure.key, { ...figure, spec, rows: rows[figure.rows], chosen: {}, view: null }];
   }));
 
   // Numbers as Python wrote them elsewhere on the page.

@@ -108,14 +108,15 @@ def render(
 
 
 def _data(records: Sequence[Record], figures: Sequence[Figure]) -> dict[str, Any]:
-    """What the script draws; rows that several figures and tables have stand there once."""
+    """What the script draws; rows that several figures and tables have stand there once, as do their keys."""
     rows: list[Any] = []
     places: dict[int, int] = {}
 
     def place(found: Rows) -> int:
         if id(found) not in places:
             places[id(found)] = len(rows)
-            rows.append(found)
+            keys = list(found[0]) if found else []
+            rows.append({"keys": keys, "values": [[row[key] for key in keys] for row in found]})
         return places[id(found)]
 
     drawn = [
