@@ -122,6 +122,8 @@ ORDERS = {
     "usmlite first": "from usmlite import hf; hf.install()\n" + CHECK,
     "transformers first": "import transformers; transformers.AutoModelForSpeechSeq2Seq\n"
     "import transformers.quantizers.auto\nfrom usmlite import hf; hf.install()\n" + CHECK,
+    "a class of all models first": "from transformers import AutoModelForSpeechSeq2Seq\n"
+    "from usmlite import hf; hf.install()\n" + CHECK,
     "transformers first, its registry later": "import transformers\n"
     "from usmlite import hf; hf.install()\n" + CHECK,
 }

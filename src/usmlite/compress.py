@@ -234,7 +234,7 @@ def check_decoder(recipe: Recipe, adapter: Adapter) -> None:
         if value and not adapter.has_decoder:
             raise RecipeError(
                 "the model has no decoder", where=name, expected="0", found=value,
-                remedy="Leave it out: the text so far is no input of an encoder with a CTC head.",
+                remedy="Leave it out: it is for decoders that look at the speech.",
             )  # fmt: skip
 
 

@@ -161,16 +161,16 @@ class Distillation(nn.Module):
             teacher_states, teacher_logits = self._run(teacher, {**batch, name: taught})
         with self._watched(self.student, network.intermediate) as seen:
             states, logits = self._run(self.student, batch)
-        scored = network.scored(batch)
+        scored, audible = network.scored(batch), network.heard(batch)
         between = [seen[name] for name in network.intermediate]
         loss, kl, ce = self._place_losses(logits, teacher_logits, batch, between)
-        distance = _distance(states, teacher_states, scored)
+        distance = _distance(states, teacher_states, scored, audible)
         losses = {"loss": loss + weights.states * distance, "kl": kl, "ce": ce, "states": distance.detach()}
         if self.layers:
-            parts = [_layer_distance(seen[name], wanted[name], scored) for name in self.layers]
+            parts = [_layer_distance(seen[name], wanted[name], scored, audible) for name in self.layers]
             losses["layers"] = torch.stack(parts).mean()
         if self.attentions:
-            parts = [_attention_divergence(seen, wanted, place, scored) for place in self.attentions]
+            parts = [_attention_divergence(seen, wanted, place, scored, audible) for place in self.attentions]
             losses["attention"] = torch.stack(parts).mean()
         for name in ("layers", "attention"):
             if name in losses:
@@ -222,35 +222,43 @@ class Distillation(nn.Module):
                 handle.remove()
 
 
-def _scored(student: Tensor, teacher: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
-    """Both at the scored places, if they are of places at all: there are more frames than tokens."""
-    if student.shape[:2] == scored.shape:
-        student, teacher = student[scored], teacher[scored]
+def _there(student: Tensor, teacher: Tensor, *places: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both at the places of the first mask that is of as many: scored ones, or frames that are audio."""
+    for mask in places:
+        if mask is not None and student.shape[:2] == mask.shape:
+            return student[mask].float(), teacher[mask].float()
     return student.float(), teacher.float()
 
 
-def _distance(student: Tensor, teacher: Tensor, scored: Tensor) -> Tensor:
+def _distance(student: Tensor, teacher: Tensor, *places: Tensor | None) -> Tensor:
     """Mean squared distance of `[batch, places, d]`, over the teacher's mean square."""
-    student, teacher = _scored(student, teacher, scored)
+    student, teacher = _there(student, teacher, *places)
     return (student - teacher).square().mean() / teacher.square().mean()
 
 
-def _layer_distance(student: Tensor, teacher: Tensor, scored: Tensor) -> Tensor:
+def _layer_distance(student: Tensor, teacher: Tensor, *places: Tensor | None) -> Tensor:
     """Mean squared distance of `[batch, places, d]`, each channel over the teacher's mean square."""
-    student, teacher = (states.flatten(0, -2) for states in _scored(student, teacher, scored))
+    student, teacher = (states.flatten(0, -2) for states in _there(student, teacher, *places))
     size = teacher.square().mean(dim=0)
     return ((student - teacher).square().mean(dim=0) / size.clamp(min=_LEAST_CHANNEL * size.mean())).mean()
 
 
 def _attention_divergence(
-    student: dict[str, Tensor], teacher: dict[str, Tensor], place: Attention, scored: Tensor
+    student: dict[str, Tensor],
+    teacher: dict[str, Tensor],
+    place: Attention,
+    scored: Tensor,
+    heard: Tensor | None,
 ) -> Tensor:
-    """Mean KL divergence of the attention of scored tokens, nats."""
+    """Mean KL divergence of the attention of scored tokens, to frames that are audio, nats."""
     total = torch.zeros((), device=scored.device)
     for row, chosen in enumerate(scored):
+        audio = slice(None) if heard is None else heard[row]
 
-        def looks(seen: dict[str, Tensor], row: int = row, chosen: Tensor = chosen) -> Tensor:
-            queries, keys = seen[place.queries][row][chosen].float(), seen[place.keys][row].float()
+        def looks(
+            seen: dict[str, Tensor], row: int = row, chosen: Tensor = chosen, audio: Any = audio
+        ) -> Tensor:
+            queries, keys = seen[place.queries][row][chosen].float(), seen[place.keys][row][audio].float()
             queries, keys = (x.reshape(len(x), place.heads, -1).transpose(0, 1) for x in (queries, keys))
             scores = queries @ keys.transpose(1, 2) / queries.shape[-1] ** 0.5
             return log_softmax(scores, dim=-1)  # [heads, tokens, frames]

@@ -20,14 +20,12 @@ from types import ModuleType
 
 def install() -> None:
     """Registers what is ours, now or when Transformers loads its registries. May be called again."""
-    later = False
-    for name, enter in _REGISTRIES.items():
-        if name in sys.modules and not _loading(name):
-            enter()
-        else:
-            later = True
-    if later and not any(isinstance(finder, _RegistryFinder) for finder in sys.meta_path):
+    there = [name for name in _REGISTRIES if name in sys.modules and not _loading(name)]
+    # First: to enter something in one registry may load another one.
+    if len(there) < len(_REGISTRIES) and not any(isinstance(each, _RegistryFinder) for each in sys.meta_path):
         sys.meta_path.insert(0, _RegistryFinder())
+    for name in there:
+        _REGISTRIES[name]()
 
 
 def register() -> None:

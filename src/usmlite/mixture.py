@@ -38,7 +38,7 @@ from usmlite.schedule import temperature
 from usmlite.solve import DAMPING, Problem, corrected_bias, importance_of
 from usmlite.sparsify import nm_mask
 from usmlite.spec import TABLES, LayerSpec
-from usmlite.student import from_matrix, to_matrix
+from usmlite.student import from_matrix, let_recurrent_learn, to_matrix
 
 # Candidates on either side of the chosen one that are mixed with it.
 _NEIGHBOURS = 2
@@ -335,6 +335,7 @@ def learn_allocation(
     ]  # fmt: skip
     student = copy.deepcopy(model).requires_grad_(False)
     distillation = Distillation(student, model, _LOSS, network=network).eval()
+    let_recurrent_learn(student)
     for step in range(state.step, steps):
         logits = state.logits(start).requires_grad_()
         warmth = temperature(_WARMEST + (_COLDEST - _WARMEST) * step / steps)

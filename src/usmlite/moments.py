@@ -98,12 +98,13 @@ class _Collector:
 
     def __init__(self) -> None:
         self.moments: dict[str, Moments] = {}
-        self.positions: Tensor | None = None
+        self.places: list[Tensor] = []
         self._input: Tensor | None = None
         self._sums: tuple[Tensor, Tensor, Tensor, float] | None = None
 
-    def start_batch(self, positions: Tensor | None) -> None:
-        self.positions = positions
+    def start_batch(self, *places: Tensor | None) -> None:
+        """Takes the places that count, bool `[batch, places]`, of the decoder and the encoder; None: all."""
+        self.places = [each for each in places if each is not None]
         self._input = self._sums = None
 
     def hook(self, name: str, columns: int, device: torch.device) -> Callable[..., None]:
@@ -133,8 +134,10 @@ class _Collector:
                 inputs = inputs.transpose(1, 2)  # a linear layer, but for its channels in the middle
             # Other convolutions have channels there, of which there may be as many as tokens.
             at_places = inputs.dim() == 3 and (pointwise or not isinstance(layer, nn.Conv1d))
-            if self.positions is not None and at_places and inputs.shape[:2] == self.positions.shape:
-                inputs = inputs[self.positions]
+            here = (each for each in self.places if at_places and inputs.shape[:2] == each.shape)
+            counted = next(here, None)
+            if counted is not None:
+                inputs = inputs[counted]
             rows = inputs.flatten(0, -2).float() if pointwise else input_rows(layer, inputs)
             weights = _weights(rows)
             count = float(weights.sum())
@@ -200,7 +203,7 @@ def collect_moments(
         count = 0
         for batch in batches:
             moved = {name: value.to(device) for name, value in batch.items()}
-            collector.start_batch(network.counted(moved))
+            collector.start_batch(network.counted(moved), network.heard(moved))
             with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 network.run(model, moved)
             count += 1

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, ctc_loss, log_softmax
 
+from usmlite.transducer_loss import rnnt_loss, tdt_loss
+
 IGNORED = -100
 """Label of places that are not scored."""
 
@@ -79,6 +81,10 @@ class Network:
         # The prompt is not scored either, but the student will see it: only what follows is padding.
         return (labels != IGNORED).flip(1).cummax(1).values.flip(1).bool()
 
+    def heard(self, batch: Batch) -> Tensor | None:
+        """The encoder's frames that are audio, bool `[batch, frames]`; None if all are, or are places."""
+        return None
+
     def labels(self, batch: Batch) -> Tensor | None:
         """The label of each scored place, int64 `[scored]`; None where labels belong to no place."""
         return batch["labels"][self.scored(batch)]
@@ -92,6 +98,47 @@ class Network:
             between: what the modules of `intermediate` gave, if somebody listened.
         """
         return cross_entropy(logits.float(), cast(Tensor, self.labels(batch)))
+
+
+class SequenceNetwork(Network):
+    """A sequence-to-sequence recognizer that hears audio of its true length: the rest is masked.
+
+    Args:
+        encoder: the module that turns the main input into states.
+        decoder: the module that turns tokens and states into what is projected onto the vocabulary.
+        frames: which samples or feature frames are audio, int64 `[batch, length]`, to which of the encoder's
+            frames are, bool `[batch, frames]`.
+    """
+
+    beside = ("labels", "lengths")
+
+    def __init__(self, encoder: str, decoder: str, frames: Callable[[Tensor], Tensor]) -> None:
+        self._encoder, self._decoder, self._frames = encoder, decoder, frames
+
+    def encoder(self, model: nn.Module) -> nn.Module:
+        """The part that `states` runs."""
+        return model.get_submodule(self._encoder)
+
+    def states(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The encoder's output, `[batch, frames, d]`."""
+        heard = batch[cast(Any, model).main_input_name]
+        out = self.encoder(model)(heard, attention_mask=batch["attention_mask"])
+        return cast(Tensor, out.last_hidden_state)
+
+    def logits(self, model: nn.Module, batch: Batch, states: Tensor) -> Tensor:
+        """At the scored places, `[scored, vocabulary]`."""
+        mask = cast(Tensor, self.heard(batch))
+        out = model.get_submodule(self._decoder)(
+            input_ids=batch["decoder_input_ids"],
+            encoder_hidden_states=states.clone(),  # some decoders add positions to them, in place
+            encoder_attention_mask=mask.long(),
+            use_cache=False,
+        ).last_hidden_state
+        return cast(Tensor, cast(Any, model).get_output_embeddings()(out[self.scored(batch)]))
+
+    def heard(self, batch: Batch) -> Tensor | None:
+        """The encoder's frames that are audio, bool `[batch, frames]`."""
+        return self._frames(batch["attention_mask"])
 
 
 class FrameNetwork(Network):
@@ -169,6 +216,92 @@ class FrameNetwork(Network):
             there = (frames * self._together).clamp(max=each.shape[1])
             losses.append(_ctc(each.float(), batch["labels"], there, self.blank))
         return torch.stack(losses).mean()
+
+
+class TransducerNetwork(FrameNetwork):
+    """An encoder, a network of the labels so far, and one that joins both.
+
+    Every frame and number of labels so far have a distribution over labels and the blank, with `durations`
+    another one over how many frames to go on. All of these places are compared with the teacher's: `frames x
+    (labels + 1)` of them, each a vocabulary wide.
+
+    Args:
+        encoder: attribute of the model that turns its input into states.
+        blank: the label that goes on to the next frame.
+        frames: lengths of inputs to numbers of frames, int64 `[batch]` to int64 `[batch]`.
+        durations: in frames; None for a transducer without them.
+    """
+
+    def __init__(
+        self,
+        encoder: str,
+        blank: int,
+        frames: Callable[[Tensor], Tensor],
+        durations: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(encoder, "joint", blank, frames)
+        self.heads, self._durations = ("joint.head",), durations
+
+    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What of a batch is for the encoder."""
+        return {k: v for k, v in super().inputs(batch).items() if k != "decoder_input_ids"}
+
+    def run(self, model: nn.Module, batch: Batch) -> None:
+        """Runs the whole network, for the sake of hooks, at the places that count."""
+        self.logits(model, batch, self.states(model, batch))
+
+    def logits(self, model: nn.Module, batch: Batch, states: Tensor) -> Tensor:
+        """At all places, `[places of all rows, vocabulary]`, with the durations' behind them.
+
+        With durations both are log probabilities: a softmax over all then gives each distribution half.
+        """
+        network = cast(Any, model)
+        heard, said = network.encoder_projector(states), network.decoder(batch["decoder_input_ids"])
+        row, frame, label = self._places(batch).nonzero(as_tuple=True)
+        found: Tensor = network.joint(
+            encoder_hidden_states=heard[row, frame], decoder_hidden_states=said[row, label]
+        )
+        if self._durations is None:
+            return found
+        vocabulary = found.shape[1] - len(self._durations)
+        parts = found[:, :vocabulary].float(), found[:, vocabulary:].float()
+        return torch.cat([log_softmax(part, dim=-1) for part in parts], dim=1)
+
+    def _places(self, batch: Batch) -> Tensor:
+        """Frames that are audio with numbers of labels that there are, bool `[batch, frames, labels + 1]`."""
+        return self.scored(batch)[:, :, None] & cast(Tensor, self.counted(batch))[:, None, :]
+
+    def counted(self, batch: Batch) -> Tensor | None:
+        """Numbers of labels so far that there are, bool `[batch, labels + 1]`."""
+        counts = (batch["labels"] != IGNORED).sum(dim=1)
+        return torch.arange(batch["decoder_input_ids"].shape[1], device=counts.device) <= counts[:, None]
+
+    def heard(self, batch: Batch) -> Tensor | None:
+        """The frames that are audio, bool `[batch, frames]`."""
+        return self.scored(batch)
+
+    def text_loss(self, logits: Tensor, batch: Batch, between: Sequence[Tensor] = ()) -> Tensor:
+        """The transducer's loss, nats per label; texts that no way leads to are left out."""
+        places, labels, frames = self._places(batch), batch["labels"], self.frames(batch["lengths"])
+        row, _, said = places.nonzero(as_tuple=True)
+        width = places.shape[2]
+        following = torch.nn.functional.pad(labels, (0, width - labels.shape[1]), value=IGNORED)
+        vocabulary = logits.shape[1] - len(self._durations or ())
+        chances = log_softmax(logits[:, :vocabulary].float(), dim=-1)
+        blank, label = (logits.new_zeros(places.shape, dtype=torch.float32) for _ in range(2))
+        blank[places] = chances[:, self.blank]
+        label[places] = chances.gather(1, following[row, said].clamp(min=0)[:, None])[:, 0]
+        counts = (labels != IGNORED).sum(dim=1)
+        if self._durations is None:
+            losses = rnnt_loss(blank, label, frames, counts)
+        else:
+            durations = logits.new_zeros((*places.shape, len(self._durations)), dtype=torch.float32)
+            durations[places] = log_softmax(logits[:, vocabulary:].float(), dim=-1)
+            losses = tdt_loss(blank, label, frames, counts, durations, self._durations)
+        fits = losses.isfinite() & (counts > 0)
+        if not bool(fits.any()):
+            return logits.sum() * 0.0
+        return losses[fits].sum() / counts[fits].sum()
 
 
 def _ctc(logits: Tensor, labels: Tensor, frames: Tensor, blank: int) -> Tensor:

@@ -29,7 +29,11 @@ from usmlite.packfile import CONFIG_NAME, WEIGHTS_NAME, Manifest, WeightsFile
 Hold = Literal["float32", "int8", "packed", "mapped"]
 HOLDS: tuple[Hold, ...] = get_args(Hold)
 
-_LAYERS = ("encoder_layers", "decoder_layers", "num_hidden_layers")
+_LAYERS = (
+    "encoder_layers", "decoder_layers", "num_hidden_layers", "encoder_num_hidden_layers",
+    "decoder_num_hidden_layers", "num_decoder_layers", "num_conv_layers",
+)  # fmt: skip
+_MOST_POSITIONS = 1 << 20  # of tables that are computed; ten hours of audio have fewer
 
 
 def fastest_hold() -> Hold:
@@ -306,20 +310,23 @@ def _skeleton(values: dict[str, Any], tensors: int, path: Path) -> nn.Module:
         family = adapter_class(values.get("model_type"), path)
     except ModelError as error:
         raise wrong(error.expected, error.found) from error
+    for name, value in family.fixed_settings.items():
+        if values.get(name, value) != value:
+            raise wrong(f"{name} of {value}", repr(values[name]))
     for settings in (values, values.get("encoder_config")):
         for name, value in settings.items() if isinstance(settings, dict) else ():
             if name in _LAYERS and not (isinstance(value, int) and 0 <= value <= tensors):
                 # Every layer has tensors of its own; more layers than tensors would only cost time.
                 raise wrong(f"{name} of at most {tensors}", repr(value))
+            tables = name.startswith("max_") and "position" in name
+            if tables and not (isinstance(value, int) and 0 <= value <= _MOST_POSITIONS):
+                raise wrong(f"{name} of at most {_MOST_POSITIONS}", repr(value))
             if name.endswith("attention_heads") and not (isinstance(value, int) and value >= 1):
                 # Whether they divide the width is checked by Transformers, which takes negative ones as well.
                 raise wrong(f"{name} of at least 1", repr(value))
             if name.endswith("dropout") and not (isinstance(value, int | float) and 0 <= value <= 1):
                 # Nothing is dropped here, but torch looks at it all the same, when the model is used.
                 raise wrong(f"{name} from 0 to 1", repr(value))
-    for name, value in family.fixed_settings.items():
-        if values.get(name, value) != value:
-            raise wrong(f"{name} of {value}", repr(values[name]))
     try:
         return skeleton(read_configuration(values, path))
     except ModelError as error:

@@ -633,8 +633,16 @@ def train_compression(student: nn.Module, *, network: bool = False) -> None:
     for module in student.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
+    let_recurrent_learn(student)
     for _, layer in compressed_layers(student):
         layer.compression.train()
+
+
+def let_recurrent_learn(model: nn.Module) -> None:
+    """Puts recurrent layers without dropout in training mode: the same, but cuDNN then has gradients."""
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase) and not module.dropout:
+            module.train()
 
 
 def compressed_layers(student: nn.Module) -> Iterator[tuple[str, CompressedLayer]]:

@@ -84,7 +84,7 @@ def learnable(utterances: Sequence[Utterance], adapter: Adapter, console: Consol
         long = [u.id for u in utterances if u.id not in fitting]
         named = ", ".join(long[:_MOST_NAMED]) + (" ..." if len(long) > _MOST_NAMED else "")
         console.print(
-            f"{len(long)} utterances left out: their texts are too long for the frames of their audio: "
+            f"{len(long)} utterances left out: their texts are too long for their audio or the model: "
             f"{named}",
             markup=False,
         )

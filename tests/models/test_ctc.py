@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCTC, Wav2Vec2CTCTokenizer, Wav2Vec2Processor
 
 from small_ctc import CLASSES, CONFIGS, LETTERS, WITHOUT, save_letters, save_model, small_model
+from small_runs import short_recipe, write_speech
 from usmlite.compress import compress
 from usmlite.distill import Distillation, LossWeights
 from usmlite.errors import (
@@ -35,7 +36,6 @@ from usmlite.models.ctc import CallingAttention
 from usmlite.network import IGNORED, FrameNetwork
 from usmlite.pack import pack
 from usmlite.packed import HOLDS, load_packed
-from usmlite.recipe import build_recipe
 from usmlite.spec import NM, CompressionSpec, Int, LayerSpec
 from usmlite.student import (
     compressed_layers,
@@ -46,47 +46,16 @@ from usmlite.student import (
     train_compression,
 )
 
-TEXTS = ("one", "two", "to ten", "see me")
-
 
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A manifest of four recordings of about two seconds: hums, no speech."""
-    folder = tmp_path_factory.mktemp("speech")
-    rows = []
-    for number, text in enumerate(TEXTS):
-        seconds = 1.9 + 0.25 * number
-        time = np.arange(int(16_000 * seconds)) / 16_000
-        noise = np.random.default_rng(number).normal(0, 0.02, len(time))
-        samples = 0.2 * np.sin(2 * np.pi * (200 + 90 * number) * time) + noise
-        soundfile.write(folder / f"{number}.wav", samples.astype(np.float32), 16_000)
-        rows.append(
-            {"id": f"u{number}", "audio_filepath": f"{number}.wav", "text": text, "speaker": "ab"[number % 2]}
-        )
-    path = folder / "manifest.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_speech(tmp_path_factory.mktemp("speech"))
 
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     return {name: save_model(folder / name, name) for name in CONFIGS if name not in WITHOUT}
-
-
-def recipe(source: Path, speech: Path, **sections: dict[str, Any]) -> Any:
-    values: dict[str, dict[str, Any]] = {
-        "model": {"source": str(source)},
-        "data": {"train": str(speech), "dev": str(speech), "targets": "text"},
-        "student": {"calibration": 2},
-        "training": {
-            "steps": 3, "batch_size": 2, "eval_every": 100, "warmup": 0.0, "learning_rate": 1e-3,
-            "precision": "float32", "layers": 0.1,
-        },
-    }  # fmt: skip
-    for section, table in sections.items():
-        values[section] = {**values.get(section, {}), **table}
-    return build_recipe(values)
 
 
 def heard(
@@ -107,7 +76,7 @@ def logits(model: nn.Module, adapter: CTCAdapter) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_the_whole_flow(name: str, directories: dict[str, Path], speech: Path, tmp_path: Path) -> None:
-    plan = recipe(directories[name], speech)
+    plan = short_recipe(directories[name], speech)
     report = compress(plan, tmp_path)
     assert set(report["evaluations"]) == {"dense", "packed"}
     assert report["training"]["steps"] == 3
@@ -304,7 +273,7 @@ def test_texts_without_room_are_left_out_of_the_loss_and_never_infinite() -> Non
 def test_a_loss_that_is_not_finite_ends_the_run(
     directories: dict[str, Path], speech: Path, tmp_path: Path
 ) -> None:
-    plan = recipe(
+    plan = short_recipe(
         directories["Wav2Vec2ForCTC"], speech, training={"learning_rate": 1e30, "clip": 1e30, "steps": 8}
     )
     with pytest.raises(TrainingError, match=r"not finite.*learning_rate"):
@@ -317,7 +286,9 @@ def test_a_run_that_was_cut_off_ends_like_one_that_was_not(
     from usmlite.checkpoint import CheckpointFolder
 
     settings = {"steps": 4, "checkpoint_every": 1, "spec_augment": True}
-    plan = recipe(directories["WavLMForCTC"], speech, training=settings, data={"noise": 0.5, "speed": 0.1})
+    plan = short_recipe(
+        directories["WavLMForCTC"], speech, training=settings, data={"noise": 0.5, "speed": 0.1}
+    )
     compress(plan, tmp_path / "whole")
     save = CheckpointFolder.save
 
@@ -339,7 +310,7 @@ def test_a_target_size_is_met_and_a_learned_allocation_too(
     directories: dict[str, Path], speech: Path, tmp_path: Path
 ) -> None:
     spec = {"target_size": "30%", "allocation": "learned", "allocation_steps": 2}
-    plan = recipe(directories["Wav2Vec2ConformerForCTC"], speech, spec=spec, training={"steps": 0})
+    plan = short_recipe(directories["Wav2Vec2ConformerForCTC"], speech, spec=spec, training={"steps": 0})
     report = compress(plan, tmp_path)
     assert 0.2 < report["size"] <= 0.3
     rules = json.loads((tmp_path / "allocation.json").read_text())["weights"]
@@ -349,7 +320,7 @@ def test_a_target_size_is_met_and_a_learned_allocation_too(
 def test_the_teachers_own_transcripts_are_targets(
     directories: dict[str, Path], speech: Path, tmp_path: Path
 ) -> None:
-    plan = recipe(
+    plan = short_recipe(
         directories["HubertForCTC"],
         speech,
         data={"targets": "teacher", "max_wer": 1e9},
@@ -382,7 +353,7 @@ def test_letters_that_the_tokenizer_lacks_are_listed(
     shutil.copytree(speech.parent, tmp_path / "speech")
     manifest = tmp_path / "speech/manifest.jsonl"
     manifest.write_text(manifest.read_text().replace("two", "2 Zo\u00eb\u2019s \u2013 no!"))
-    plan = recipe(directories["LasrForCTC"], manifest)
+    plan = short_recipe(directories["LasrForCTC"], manifest)
     with pytest.raises(DataError, match=r"u1.*lacks letters.*found 2 ë\)"):
         compress(plan, tmp_path / "out")
     assert not (tmp_path / "out/calibration.json").exists()  # found before anything is computed
@@ -398,13 +369,13 @@ def test_texts_too_long_for_their_frames_are_skipped_counted_and_named(
     manifest = tmp_path / "speech/manifest.jsonl"
     manifest.write_text(manifest.read_text().replace("see me", "see me " * 30).replace("two", "tttwo" * 20))
     console = Console(file=io.StringIO(), width=200)
-    plan = recipe(directories["Wav2Vec2ForCTC"], manifest, training={"steps": 1})
+    plan = short_recipe(directories["Wav2Vec2ForCTC"], manifest, training={"steps": 1})
     compress(plan, tmp_path / "out", console=console)
     said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "2 utterances left out: their texts are too long for the frames of their audio: u1, u3" in said
+    assert "2 utterances left out: their texts are too long for their audio or the model: u1, u3" in said
     manifest.write_text(manifest.read_text().replace('"text": "', '"text": "' + "to " * 99))
     with pytest.raises(DataError, match="no text is short enough"):
-        compress(recipe(directories["Wav2Vec2ForCTC"], manifest), tmp_path / "none")
+        compress(short_recipe(directories["Wav2Vec2ForCTC"], manifest), tmp_path / "none")
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -429,7 +400,7 @@ def test_speech_shorter_than_a_frame_is_not_trained_on(
     samples = np.random.default_rng(0).normal(0, 0.1, 2_000).astype(np.float32)
     soundfile.write(tmp_path / "speech/0.wav", samples, 16_000)
     console = Console(file=io.StringIO(), width=200)
-    plan = recipe(
+    plan = short_recipe(
         directories["LasrForCTC"],
         tmp_path / "speech/manifest.jsonl",
         training={"steps": 1},
@@ -480,7 +451,7 @@ def test_settings_of_a_decoder_are_refused(
     setting: dict[str, dict[str, Any]], directories: dict[str, Path], speech: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(RecipeError, match="the model has no decoder"):
-        compress(recipe(directories["Wav2Vec2ForCTC"], speech, **setting), tmp_path / "out")
+        compress(short_recipe(directories["Wav2Vec2ForCTC"], speech, **setting), tmp_path / "out")
 
 
 def test_a_model_without_its_head_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from usmlite.models.options import Options
 if TYPE_CHECKING:
     from usmlite.models.ctc import CTCAdapter, CTCLayout
     from usmlite.models.families import adapter_class, prepare, read_configuration, register, skeleton
+    from usmlite.models.sequence import SequenceAdapter, SequenceLayout
     from usmlite.models.sources import Teacher, load_teacher
+    from usmlite.models.transducer import TransducerAdapter, TransducerLayout
     from usmlite.models.whisper import WhisperAdapter
 
 __all__ = [
@@ -24,8 +26,12 @@ __all__ = [
     "CTCLayout",
     "Decoded",
     "Options",
+    "SequenceAdapter",
+    "SequenceLayout",
     "Teacher",
     "TimedText",
+    "TransducerAdapter",
+    "TransducerLayout",
     "WhisperAdapter",
     "Word",
     "adapter_class",
@@ -39,7 +45,9 @@ __all__ = [
 _HOME = {
     "ctc": ("CTCAdapter", "CTCLayout"),
     "families": ("adapter_class", "prepare", "read_configuration", "register", "skeleton"),
+    "sequence": ("SequenceAdapter", "SequenceLayout"),
     "sources": ("Teacher", "load_teacher"),
+    "transducer": ("TransducerAdapter", "TransducerLayout"),
     "whisper": ("WhisperAdapter",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

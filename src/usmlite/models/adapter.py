@@ -401,6 +401,11 @@ def read_processor(
     """
     try:
         return reader.from_pretrained(location, local_files_only=local)
+    except ImportError as error:
+        raise ModelError(
+            f"the {what} needs a package that is not installed", where=where or location,
+            found=" ".join(str(error).split())[:300], remedy="Install what it names.",
+        ) from error  # fmt: skip
     except Exception as error:  # the tokenizers library raises bare Exception on bad files
         raise unreadable(what, where or location, error) from error
 

@@ -8,11 +8,18 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CTC_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+)
 
 from usmlite.errors import ModelError
 from usmlite.models.adapter import Adapter
 from usmlite.models.ctc import LAYOUTS, CTCAdapter
+from usmlite.models.sequence import LAYOUTS as SEQUENCES
+from usmlite.models.sequence import SequenceAdapter
+from usmlite.models.transducer import LAYOUTS as TRANSDUCERS
+from usmlite.models.transducer import TransducerAdapter
 from usmlite.models.whisper import WhisperAdapter
 from usmlite.models.whisper_ctc_adapter import WhisperCTCAdapter
 from usmlite.models.whisper_ctc_config import MODEL_TYPE as WHISPER_CTC
@@ -23,6 +30,8 @@ _FAMILIES: dict[str, type[Adapter]] = {
     "whisper": WhisperAdapter,
     WHISPER_CTC: WhisperCTCAdapter,
     **{model_type: CTCAdapter.of(layout) for model_type, layout in LAYOUTS.items()},
+    **{model_type: SequenceAdapter.of(layout) for model_type, layout in SEQUENCES.items()},
+    **{model_type: TransducerAdapter.of(layout) for model_type, layout in TRANSDUCERS.items()},
 }
 
 
@@ -45,12 +54,25 @@ def adapter_class(model_type: object, where: str | Path) -> type[Adapter]:
     if isinstance(model_type, str) and model_type in _FAMILIES:
         return _FAMILIES[model_type]
     remedy = f"How to add another stands in {GUIDE}."
-    name = dict(MODEL_FOR_CTC_MAPPING_NAMES).get(str(model_type))
-    if name is not None:
-        remedy += (
-            f" This one is an encoder with a CTC head ({name}), so that this may be all it needs: "
-            f"usmlite.models.register({model_type!r}, CTCAdapter.of(CTCLayout({name!r}, encoder=...)))."
-        )
+    kinds = (
+        (
+            "an encoder with a CTC head",
+            MODEL_FOR_CTC_MAPPING_NAMES,
+            "CTCAdapter.of(CTCLayout({!r}, encoder=...))",
+        ),
+        (
+            "a recognizer with a decoder",
+            MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+            "SequenceAdapter.of(SequenceLayout({!r}, ...))",
+        ),
+    )
+    for kind, known, adapter in kinds:
+        name = dict(known).get(str(model_type))
+        if name is not None:
+            remedy += (
+                f" This one is {kind} ({name}), so that this may be all it needs: "
+                f"usmlite.models.register({model_type!r}, {adapter.format(name)})."
+            )
     raise ModelError(
         "there is no adapter for this model", where=where,
         expected=f"model_type {', '.join(map(repr, _FAMILIES))}", found=repr(model_type), remedy=remedy,

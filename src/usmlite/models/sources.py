@@ -29,7 +29,8 @@ from usmlite.models.packages import PACKAGED, locate
 from usmlite.models.whisper import WhisperAdapter, read_json, read_tokenizer
 
 SUPPORTED = (
-    "a Hugging Face directory of a Whisper or CTC model (config.json, model.safetensors and the tokenizer), "
+    "a Hugging Face directory of a Whisper, CTC, transducer, Moonshine or Speech2Text model (config.json, "
+    "model.safetensors and the tokenizer), "
     "a hub id such as openai/whisper-tiny.en or facebook/wav2vec2-base-960h, "
     "a CTranslate2 Whisper directory (model.bin, config.json, tokenizer.json), "
     f"or a name: {', '.join(PACKAGED)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ class WhisperCTCAdapter(CTCAdapter):
             rows.append(encoder.stacked(found)[0])
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
-    def _extract(self, audio: Sequence[np.ndarray]) -> dict[str, Tensor]:
+    def _extract(self, audio: Sequence[np.ndarray], **settings: Any) -> dict[str, Tensor]:
         causal = self.config.chunk_frames > 0
         rows = [
             log_mel(torch.from_numpy(samples)[None], self.config.num_mel_bins, causal=causal)[0]

@@ -20,7 +20,7 @@ CONFIG_NAME = "config.json"
 PROCESSOR_FILES = (
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
     "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "normalizer.json",
+    "normalizer.json", "sentencepiece.bpe.model",
 )  # fmt: skip
 COPY_AGAIN = "Copy or download the packed model again."
 """What to do about a damaged one."""
