@@ -366,7 +366,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 def packed_peer(path: Path) -> Peer:
     """A packed model as one more row."""
-    return Peer(partial(packed, path), "fine-tuned")
+    return Peer(partial(packed, path), "usmlite compress")
 
 
 def _compare(found: dict[str, Any]) -> None:
