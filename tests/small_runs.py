@@ -1,4 +1,4 @@
-"""Speech and recipes for runs of small random models that take a blink."""
+"""Speech, batches and recipes for small random models that hear true lengths."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from typing import Any
 
 import numpy as np
 import soundfile
+import torch
+from torch import nn
 
+from usmlite.models import TimedText
+from usmlite.models.true_length import TrueLengthAdapter
 from usmlite.recipe import Recipe, build_recipe
 
 TEXTS = ("one", "two", "to ten", "see me")
@@ -45,3 +49,26 @@ def short_recipe(source: Path, speech: Path, **sections: dict[str, Any]) -> Reci
     for section, table in sections.items():
         values[section] = {**values.get(section, {}), **table}
     return build_recipe(values)
+
+
+def heard(
+    adapter: TrueLengthAdapter, seconds: tuple[float, ...] = (2.0, 1.3), seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """A batch of noise with two texts."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = 0.1 * torch.randn(len(seconds), 32_000, generator=generator)
+    texts = [[TimedText(0.0, 1.0, text)] for text in ("hello", "at all")]
+    written = adapter.teach(texts, timestamps=[False, False], language=None)
+    return {**adapter.hear(samples, seconds), **written}
+
+
+def logits(model: nn.Module, adapter: TrueLengthAdapter) -> torch.Tensor:
+    """What a model makes of that batch."""
+    batch = heard(adapter)
+    with torch.inference_mode():
+        return adapter.network.logits(model, batch, adapter.network.states(model, batch))
+
+
+def noise(seconds: float, seed: int = 0) -> np.ndarray:
+    """Float32 `[samples]` at 16 kHz."""
+    return np.random.default_rng(seed).normal(0, 0.1, round(16_000 * seconds)).astype(np.float32)

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCTC, Wav2Vec2CTCTokenizer, Wav2Vec2Processor
 
 from small_ctc import CLASSES, CONFIGS, LETTERS, WITHOUT, save_letters, save_model, small_model
-from small_runs import short_recipe, write_speech
+from small_runs import heard, logits, short_recipe, write_speech
 from usmlite.compress import compress
 from usmlite.distill import Distillation, LossWeights
 from usmlite.errors import (
@@ -31,7 +31,7 @@ from usmlite.errors import (
 )
 from usmlite.info import describe
 from usmlite.load import load
-from usmlite.models import CTCAdapter, TimedText, load_teacher
+from usmlite.models import load_teacher
 from usmlite.models.ctc import CallingAttention
 from usmlite.network import IGNORED, FrameNetwork
 from usmlite.pack import pack
@@ -56,22 +56,6 @@ def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     return {name: save_model(folder / name, name) for name in CONFIGS if name not in WITHOUT}
-
-
-def heard(
-    adapter: CTCAdapter, seconds: tuple[float, ...] = (2.0, 1.3), seed: int = 0
-) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    samples = 0.1 * torch.randn(len(seconds), 32_000, generator=generator)
-    texts = [[TimedText(0.0, 1.0, text)] for text in ("hello", "at all")]
-    written = adapter.teach(texts, timestamps=[False, False], language=None)
-    return {**adapter.hear(samples, seconds), **written}
-
-
-def logits(model: nn.Module, adapter: CTCAdapter) -> torch.Tensor:
-    batch = heard(adapter)
-    with torch.inference_mode():
-        return adapter.network.logits(model, batch, adapter.network.states(model, batch))
 
 
 @pytest.mark.parametrize("name", CLASSES)

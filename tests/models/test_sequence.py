@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForSpeechSeq2Seq, GenerationConfig
 
-from small_runs import short_recipe, write_speech
+from small_runs import heard, logits, noise, short_recipe, write_speech
 from small_sequence import CLASSES, CONFIGS, WITHOUT, save_model, small_model
 from usmlite.cli import main
 from usmlite.compress import compress
@@ -42,26 +42,6 @@ def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     return {name: save_model(folder / name, name) for name in CONFIGS if name not in WITHOUT}
-
-
-def heard(
-    adapter: SequenceAdapter, seconds: tuple[float, ...] = (2.0, 1.3), seed: int = 0
-) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    samples = 0.1 * torch.randn(len(seconds), 32_000, generator=generator)
-    texts = [[TimedText(0.0, 1.0, text)] for text in ("hello", "at all")]
-    written = adapter.teach(texts, timestamps=[False, False], language=None)
-    return {**adapter.hear(samples, seconds), **written}
-
-
-def logits(model: nn.Module, adapter: SequenceAdapter) -> torch.Tensor:
-    batch = heard(adapter)
-    with torch.inference_mode():
-        return adapter.network.logits(model, batch, adapter.network.states(model, batch))
-
-
-def noise(seconds: float, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(0, 0.1, round(16_000 * seconds)).astype(np.float32)
 
 
 @pytest.mark.parametrize("name", CLASSES)

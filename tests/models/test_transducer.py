@@ -12,16 +12,15 @@ import pytest
 import soundfile
 import torch
 import transformers
-from torch import nn
 
-from small_runs import short_recipe, write_speech
+from small_runs import heard, logits, noise, short_recipe, write_speech
 from small_transducer import BLANK, CLASSES, CONFIGS, WITHOUT, save_model, small_model
 from usmlite.cli import main
 from usmlite.compress import compress
 from usmlite.distill import Distillation, LossWeights
 from usmlite.errors import AudioError, DataError, ModelError, RecipeError
 from usmlite.load import load
-from usmlite.models import TimedText, TransducerAdapter, load_teacher
+from usmlite.models import TransducerAdapter, load_teacher
 from usmlite.moments import collect_moments
 from usmlite.network import IGNORED
 from usmlite.packed import HOLDS, load_packed
@@ -40,26 +39,6 @@ def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     return {name: save_model(folder / name, name) for name in CONFIGS if name not in WITHOUT}
-
-
-def heard(
-    adapter: TransducerAdapter, seconds: tuple[float, ...] = (2.0, 1.3), seed: int = 0
-) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    samples = 0.1 * torch.randn(len(seconds), 32_000, generator=generator)
-    texts = [[TimedText(0.0, 1.0, text)] for text in ("hello", "at all")]
-    written = adapter.teach(texts, timestamps=[False, False], language=None)
-    return {**adapter.hear(samples, seconds), **written}
-
-
-def logits(model: nn.Module, adapter: TransducerAdapter) -> torch.Tensor:
-    batch = heard(adapter)
-    with torch.inference_mode():
-        return adapter.network.logits(model, batch, adapter.network.states(model, batch))
-
-
-def noise(seconds: float, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(0, 0.1, round(16_000 * seconds)).astype(np.float32)
 
 
 @pytest.mark.parametrize("name", CLASSES)
