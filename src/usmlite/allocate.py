@@ -48,9 +48,6 @@ _TABLE_RATES = (0.75, *(1 + step / 8 for step in range(21)), 4.0, 5.0)
 _MOST_PRUNED_BITS = 4
 # Rows of a weight on which a candidate's error is measured.
 _SAMPLE_ROWS = 96
-# Training moves weights and scales, and with them the frequencies of codes; hardly those of tables, which are
-# counted whole and seldom trained.
-_CODED_MARGIN, _TABLE_MARGIN = 1.01, 1.003
 # Coarse enough for the loss to rise well above the noise of bf16, not so coarse that the model breaks.
 _PROBE = Int(3)
 # Batches on which the rise of the loss is measured: a few hundred words.
@@ -69,7 +66,7 @@ class Candidate:
 
     Attributes:
         spec: its spec.
-        bytes: what it takes in the packed file; with entropy coding, about.
+        bytes: what it takes in the packed file; with entropy coding, about, until it has been counted.
         error: expected ||(W - What) X||^2 / ||W X||^2.
         loss: predicted rise of the loss, nats per token.
     """
@@ -113,10 +110,12 @@ class Allocation:
     Attributes:
         weights: every allocated weight.
         budget: bytes for them.
+        counted: whether the bytes were counted in the packed file, or only predicted.
     """
 
     weights: tuple[WeightAllocation, ...]
     budget: int
+    counted: bool = False
 
     @property
     def bytes(self) -> int:
@@ -136,6 +135,7 @@ class Allocation:
         """As JSON holds it."""
         return {
             "budget": self.budget,
+            "counted": self.counted,
             "bytes": self.bytes,
             "loss": self.loss,
             "weights": [
@@ -155,19 +155,19 @@ class Allocation:
         }
 
 
-def read_weights(path: str | Path, kinds: Mapping[str, str]) -> list[WeightAllocation]:
-    """What an earlier allocation measured of these weights, from its JSON file.
+def read_allocation(path: str | Path) -> Allocation:
+    """An earlier allocation, from its JSON file.
 
     Args:
         path: written from `Allocation.to_dict`.
-        kinds: as for `allocate`.
 
     Raises:
-        SpecError: it cannot be read, or is of other weights.
+        SpecError: it cannot be read.
     """
     try:
-        found = {
-            row["name"]: WeightAllocation(
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        weights = tuple(
+            WeightAllocation(
                 row["name"],
                 row["kind"],
                 tuple(row["shape"]),
@@ -175,10 +175,24 @@ def read_weights(path: str | Path, kinds: Mapping[str, str]) -> list[WeightAlloc
                 tuple(_read_candidate(candidate) for candidate in row["candidates"]),
                 row["chosen"],
             )
-            for row in json.loads(Path(path).read_text(encoding="utf-8"))["weights"]
-        }
+            for row in values["weights"]
+        )
+        return Allocation(weights, values["budget"], bool(values.get("counted", False)))
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise SpecError("unreadable measurements", where=path, found=str(error)) from None
+
+
+def read_weights(path: str | Path, kinds: Mapping[str, str]) -> list[WeightAllocation]:
+    """What an earlier allocation measured of these weights, from its JSON file.
+
+    Args:
+        path: see `read_allocation`.
+        kinds: as for `allocate`.
+
+    Raises:
+        SpecError: it cannot be read, or is of other weights.
+    """
+    found = {weight.name: weight for weight in read_allocation(path).weights}
     missing = [name for name, kind in kinds.items() if name not in found or found[name].kind != kind]
     if missing:
         raise SpecError(
@@ -332,7 +346,8 @@ def choose(weights: Sequence[WeightAllocation], budget: int) -> Allocation:
     Raises:
         SpecError: the budget is below the smallest candidates.
     """
-    least = sum(weight.candidates[0].bytes for weight in weights)
+    smallest = [min(candidate.bytes for candidate in weight.candidates) for weight in weights]
+    least = sum(smallest)
     if budget < least:
         raise SpecError(
             "the budget cannot be reached",
@@ -346,8 +361,8 @@ def choose(weights: Sequence[WeightAllocation], budget: int) -> Allocation:
     # best[b]: the least loss of the weights so far within b units above their smallest candidates.
     best = np.zeros(room + 1)
     picks = []
-    for weight in weights:
-        extra = [math.ceil((c.bytes - weight.candidates[0].bytes) / unit) for c in weight.candidates]
+    for weight, base in zip(weights, smallest, strict=True):
+        extra = [math.ceil((candidate.bytes - base) / unit) for candidate in weight.candidates]
         totals = np.full((len(extra), room + 1), np.inf)
         for index, (cost, candidate) in enumerate(zip(extra, weight.candidates, strict=True)):
             if cost <= room:
@@ -466,7 +481,7 @@ def _measured_table(
         dense = rounded if columns is None else rounded * columns
         size = spec.bytes(*matrix.shape)
         if coded:
-            size = _coded_bytes(codes, spec, *matrix.shape, margin=_TABLE_MARGIN)
+            size = _coded_bytes(codes, spec, *matrix.shape)
         error = relative_error(problem.matrix, dense, problem.cost)
         yield Candidate(spec, size, error, loss.rise(module, dense, moments))
 
@@ -478,7 +493,6 @@ def _coded_bytes(
     columns: int,
     *,
     ratio: float = 1.0,
-    margin: float = _CODED_MARGIN,
 ) -> int:
     """What a weight takes with entropy-coded codes, going by some of them, `[some rows, stored columns]`.
 
@@ -488,7 +502,6 @@ def _coded_bytes(
         rows: of the weight.
         columns: of the weight.
         ratio: by how much the whole weight has more, or takes more for each.
-        margin: what training and rounding may add.
     """
     assert spec.quant is not None
     parts, bits = spec.sizes(rows, columns), spec.quant.bits
@@ -497,7 +510,7 @@ def _coded_bytes(
     side = parts["scale"] + parts.get("column_scale", 0) if spec.quant.scale_bits == 8 else 0
     levels = 0 if contexts.tables == 1 else rows + spec.stored_columns(columns)
     counts = entropy.count_codes(array, bits, contexts, spec.trellis)
-    coded = math.ceil(margin * ratio * entropy.coded_bytes(counts, side + levels))
+    coded = math.ceil(ratio * entropy.coded_bytes(counts, side + levels))
     fixed = rows * math.ceil(spec.stored_columns(columns) * bits / 8)
     return sum(parts.values()) - parts["codes"] + min(fixed, coded - side)
 

@@ -16,7 +16,7 @@ Used alone this is post-training compression; before fine-tuning it is a better 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
@@ -40,6 +40,24 @@ from usmlite.student import (
 Method = Literal["magnitude", "activation", "hessian"]
 METHODS: tuple[Method, ...] = ("magnitude", "activation", "hessian")
 Progress = Callable[[str, int, "int | None"], None]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the dense model showed on speech: enough to start a student of it, with any spec.
+
+    Attributes:
+        moments: of the inputs of every weight, by module.
+        rows: how much the loss feels each output of a weight, float32 `[rows]`, by module (`fisher`); weights
+            that are not there count all of them alike.
+        batches: batches that the model ran on.
+        seconds: wall time.
+    """
+
+    moments: Mapping[str, Moments]
+    rows: Mapping[str, Tensor]
+    batches: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -100,15 +118,63 @@ class CalibrationReport:
         return asdict(self) | {"layers": [asdict(layer) for layer in self.layers]}
 
 
+def collect_statistics(
+    teacher: nn.Module,
+    names: Sequence[str],
+    batches: Iterable[Batch],
+    *,
+    network: Network = SEQUENCE_TO_SEQUENCE,
+    felt: bool = True,
+    autocast: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> Statistics:
+    """Runs the dense model over the batches.
+
+    Args:
+        teacher: the dense model. It is run in evaluation mode and left as it was.
+        names: the modules of the weights.
+        batches: see `calibrate`.
+        network: see `calibrate`.
+        felt: also find what outputs count for, where batches have labels. It decides the steps of weights
+            with a rate, and nothing else.
+        autocast: see `calibrate`.
+        progress: see `calibrate`.
+
+    Raises:
+        DataError: no batch at all.
+        ModelError: the teacher's activations are not finite.
+    """
+    started = time.perf_counter()
+    first: list[Batch] = []
+    if isinstance(batches, Sequence):
+        first.extend(batches[:FISHER_BATCHES])
+    else:
+        batches = _remembered(batches, first)
+    moments, count = collect_moments(
+        teacher,
+        list(names),
+        batches,
+        network=network,
+        autocast=autocast,
+        progress=None if progress is None else lambda done, total: progress("teacher", done, total),
+    )
+    rows: Mapping[str, Tensor] = {}
+    matrices = [name for name in names if not moments[name].is_table]
+    if felt and matrices and all("labels" in batch for batch in first):
+        rows = output_fisher(teacher, matrices, first, network=network, autocast=autocast)
+    return Statistics(moments, rows, count, time.perf_counter() - started)
+
+
 def calibrate(
     student: nn.Module,
     teacher: nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch] | Statistics,
     *,
     network: Network = SEQUENCE_TO_SEQUENCE,
     method: Method = "hessian",
     damping: float = DAMPING,
     autocast: torch.dtype | None = None,
+    only: Collection[str] | None = None,
     progress: Progress | None = None,
 ) -> CalibrationReport:
     """Starts every compressed layer of the student from the teacher's weights and its inputs.
@@ -124,12 +190,14 @@ def calibrate(
         batches: keyword inputs of the teacher's forward pass, such as "input_features" float32
             `[batch, mels, 3000]` and "decoder_input_ids" int64 `[batch, tokens]`. Decoder positions
             that "decoder_attention_mask" (0) rules out, or, without it, those after the last label of
-            "labels" that is not -100, are not counted. Labels do not reach the model.
+            "labels" that is not -100, are not counted. Labels do not reach the model. Or what
+            `collect_statistics` found with them, for more than one student.
         network: how the models are run, and so what batches have and which places count.
         method: how layers are started; see the module's text.
         damping: what is added to the Hessian's diagonal, as a share of its mean.
         autocast: the dtype the teacher runs in (bfloat16 is fast where the processor has it), None
             for its own. Statistics are float32 sums of float32 products either way.
+        only: the layers to start; None for all. No layer's start depends on another's.
         progress: called with what was done ("teacher" or a layer's name), how many of how many
             (None if the number of batches is unknown).
 
@@ -147,36 +215,27 @@ def calibrate(
     if not 0 <= damping < float("inf"):
         raise SpecError("unusable damping", where="calibrate", expected="a number from 0", found=damping)
     started = time.perf_counter()
-    layers = dict(compressed_layers(student))
+    layers = {name: layer for name, layer in compressed_layers(student) if only is None or name in only}
     for name, layer in layers.items():
         _check(teacher, name, layer)
-    first: list[Batch] = []
-    if isinstance(batches, Sequence):
-        first.extend(batches[:FISHER_BATCHES])
+    if isinstance(batches, Statistics):
+        known, teacher_seconds = batches, 0.0
     else:
-        batches = _remembered(batches, first)
-    moments, count = collect_moments(
-        teacher,
-        list(layers),
-        batches,
-        network=network,
-        autocast=autocast,
-        progress=None if progress is None else lambda done, total: progress("teacher", done, total),
-    )
-    # What rows count for decides their steps, and nothing else.
-    rated = [name for name, layer in layers.items() if layer.compression.spec.rate is not None]
-    rows: dict[str, Tensor] = {}
-    if method == "hessian" and all("labels" in batch for batch in first):
-        felt = [name for name in rated if not moments[name].is_table]
-        rows = output_fisher(teacher, felt, first, network=network, autocast=autocast) if felt else {}
-    teacher_seconds = time.perf_counter() - started
+        rated = any(layer.compression.spec.rate is not None for layer in layers.values())
+        known = collect_statistics(
+            teacher, list(layers), batches, network=network, felt=rated and method == "hessian",
+            autocast=autocast, progress=progress,
+        )  # fmt: skip
+        teacher_seconds = known.seconds
     done = []
     for name, layer in layers.items():
         module = teacher.get_submodule(name)
-        done.append(_start(name, layer, module, moments[name], rows.get(name), method, damping))
+        done.append(_start(name, layer, module, known.moments[name], known.rows.get(name), method, damping))
         if progress is not None:
             progress(name, len(done), len(layers))
-    return CalibrationReport(method, tuple(done), count, teacher_seconds, time.perf_counter() - started)
+    return CalibrationReport(
+        method, tuple(done), known.batches, teacher_seconds, time.perf_counter() - started
+    )
 
 
 def _remembered(batches: Iterable[Batch], first: list[Batch]) -> Iterator[Batch]:

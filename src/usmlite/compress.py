@@ -18,6 +18,7 @@ from usmlite.checkpoint import load_student, save_student
 from usmlite.data import Utterance
 from usmlite.errors import OutputError, RecipeError, UsmliteError
 from usmlite.evaluate import Evaluation, compare, describe_machine, describe_versions, evaluate
+from usmlite.fill import start_full
 from usmlite.histograms import weight_histograms
 from usmlite.load import (
     DENSE_FILE,
@@ -41,7 +42,7 @@ from usmlite.report import read_report
 from usmlite.runtime import Recognizer
 from usmlite.spec import CompressionSpec
 from usmlite.speech import Speech
-from usmlite.start import check_trellis, start_student
+from usmlite.start import check_trellis
 from usmlite.streamed import DenseFiles, pack_streamed
 from usmlite.target_size import choose_spec, expected_bytes, weight_kinds
 from usmlite.targets import as_written, check_letters, training_targets
@@ -102,7 +103,8 @@ def compress(
     check_trellis(recipe, spec, weight_kinds(teacher))
     console.print(plan(recipe, spec, teacher, speech), markup=False)
 
-    student, calibration = start_student(recipe, spec, teacher, speech, output, console)
+    start = start_full(recipe, spec, teacher, speech, output, console)
+    student = start.student
     outcome: training.Outcome | None = None
     if recipe.training.steps:
         with processes.main_process_first():
@@ -138,7 +140,7 @@ def compress(
             write_json(output / DENSE_FILE, dense.to_json())
         evaluations = [dense, measure(load(output / PACKED_FOLDER), speech.test, output, console)]
     size = (output / PACKED_FOLDER / WEIGHTS_NAME).stat().st_size
-    result = make_report(recipe, teacher, outcome, calibration, evaluations, size)
+    result = make_report(recipe, teacher, outcome, start.to_dict(), evaluations, size)
     result["data"] = speech.describe()
     result["seconds"] = round(time.perf_counter() - started, 1)
     write_json(output / REPORT_FILE, result)

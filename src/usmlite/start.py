@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from torch import Tensor, nn
 
 from usmlite import finetune as training
 from usmlite import student as students
-from usmlite.atomic import write_json
 from usmlite.audio import SAMPLE_RATE, WINDOW_SECONDS
-from usmlite.calibrate import calibrate
+from usmlite.calibrate import CalibrationReport, LayerCalibration, Statistics, calibrate, collect_statistics
 from usmlite.checkpoint import CheckpointFolder
 from usmlite.errors import SpecError
-from usmlite.load import CALIBRATION_FILE, student_options
+from usmlite.load import student_options
 from usmlite.models import Options, Teacher, TimedText
 from usmlite.progress import stage_bar
 from usmlite.recipe import Recipe
@@ -29,37 +28,99 @@ from usmlite.speech import Speech
 _DECODED, _CALIBRATION_BATCH = 16, 4
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where training starts.
+
+    Attributes:
+        student: with its masks, scales and weights.
+        report: what calibration did; None where there was none.
+        statistics: what it knew of the dense model; None where there was none.
+    """
+
+    student: nn.Module
+    report: CalibrationReport | None
+    statistics: Statistics | None
+
+    def to_dict(self) -> dict[str, Any] | None:
+        """The report of the calibration as JSON holds it."""
+        return None if self.report is None else self.report.to_dict()
+
+
 def start_student(
-    recipe: Recipe, spec: CompressionSpec, teacher: Teacher, speech: Speech, output: Path, console: Console
-) -> tuple[nn.Module, dict[str, Any] | None]:
-    """The student at its starting point, or as shaped for a checkpoint that will replace it."""
-    adapter = teacher.adapter
+    recipe: Recipe,
+    spec: CompressionSpec,
+    teacher: Teacher,
+    speech: Speech,
+    output: Path,
+    console: Console,
+    *,
+    earlier: Start | None = None,
+) -> Start:
+    """The student at its starting point, or as shaped for a checkpoint that will replace it.
+
+    Args:
+        recipe: of the run.
+        spec: of the student.
+        teacher: the dense model.
+        speech: to calibrate on.
+        output: the run's directory.
+        console: for the progress.
+        earlier: a start of the same run with another spec; layers that are to be the same are taken from it.
+    """
+    adapter, options = teacher.adapter, student_options(recipe)
     resumed = CheckpointFolder(output / "checkpoints").newest() is not None
+    calibrated = recipe.student.start != "magnitude"
     student = students.make_student(
         teacher.model,
         adapter.compressible(teacher.model),
         spec,
-        student_options(recipe),
+        options,
         computed=adapter.computed(teacher.model),
         octaves=adapter.octaves(),
         start=not resumed,
     )
-    if resumed or recipe.student.start == "magnitude" or not students.layer_specs(student):
-        return student, None
-    windows = calibration_batches(recipe, teacher, speech)
-    with stage_bar(console, "Starting point", len(students.layer_specs(student))) as progress:
+    layers = dict(students.compressed_layers(student))
+    if resumed or not calibrated or not layers:
+        return Start(student, None, None)
+    statistics = None if earlier is None else earlier.statistics
+    known: dict[str, LayerCalibration] = {}
+    if earlier is not None and earlier.report is not None:
+        before = dict(students.compressed_layers(earlier.student))
+        rows = {row.name: row for row in earlier.report.layers}
+        for name, layer in layers.items():
+            if name in before and before[name].compression.spec == layer.compression.spec:
+                layer.load_state_dict(before[name].state_dict())
+                layer.compression.present = before[name].compression.present
+                known[name] = rows[name]
+    names = [name for name in layers if name not in known]
+    with stage_bar(console, "Starting point", len(names)) as progress:
+        if statistics is None:
+            rated = any(layer.compression.spec.rate is not None for layer in layers.values())
+            statistics = collect_statistics(
+                teacher.model, list(layers), calibration_batches(recipe, teacher, speech),
+                network=adapter.network, felt=recipe.student.start == "hessian" and rated,
+                autocast=calibration_autocast(recipe),
+                progress=lambda stage, done, total: progress(done, total or done),
+            )  # fmt: skip
         found = calibrate(
             student,
             teacher.model,
-            windows,
+            statistics,
             network=adapter.network,
             method=recipe.student.start,  # type: ignore[arg-type]
-            autocast=calibration_autocast(recipe),
+            only=names,
             progress=lambda stage, done, total: progress(done, total or done),
         )
-    if PartialState().is_main_process:
-        write_json(output / CALIBRATION_FILE, found.to_dict())
-    return student, found.to_dict()
+    new = known | {row.name: row for row in found.layers}
+    seconds = statistics.seconds if earlier is None or earlier.report is None else earlier.report.seconds
+    report = replace(
+        found,
+        layers=tuple(new[name] for name in layers),
+        teacher_seconds=statistics.seconds,
+        seconds=seconds + found.seconds,
+    )
+    return Start(student, report, statistics)
 
 
 def calibration_batches(recipe: Recipe, teacher: Teacher, speech: Speech) -> list[dict[str, Tensor]]:

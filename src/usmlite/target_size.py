@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,7 +24,7 @@ from usmlite.load import ALLOCATION_FILE, SPEC_FILE, run_spec
 from usmlite.mixture import learn_allocation
 from usmlite.models import Teacher
 from usmlite.progress import stage_bar
-from usmlite.recipe import Recipe
+from usmlite.recipe import Recipe, build_recipe
 from usmlite.spec import KEEP, CompressionSpec, LayerSpec, Rule, matrix_shape
 from usmlite.speech import Speech
 from usmlite.start import calibration_autocast, calibration_batches, is_trained
@@ -32,6 +33,8 @@ from usmlite.targets import training_targets
 MIXTURE_FILE = "allocation-mixture.json"
 # What a stored tensor takes in the header of the packed file, and into how many a weight is cut; about.
 _HEADER_BYTES, _PARTS = 140, 3
+# What training may not use of a target size.
+_UNTRAINED_SHARE = 0.99
 
 
 def choose_spec(
@@ -69,7 +72,7 @@ def choose_spec(
     chosen_here = sum(base.resolve(n, k).bytes(*matrix_shape(shapes[n])) for n, k in kinds.items())
     tensors = _PARTS * len(kinds) + len(list(teacher.model.parameters()))
     rest = expected_bytes(base, teacher) - chosen_here + _HEADER_BYTES * tensors
-    budget = target - rest
+    budget = aim(recipe, target) - rest
     mine = output / ALLOCATION_FILE
     earlier = recipe.spec.measured or (mine if mine.is_file() else None)
     if earlier is None:
@@ -85,9 +88,8 @@ def choose_spec(
         count = len(found.weights)
         console.print(f"Learned: another candidate than measured for {moved} of {count} weights.")
         write_json(mine, found.to_dict())
-    rules = [*recipe.spec.rules, *(rule.to_dict() for rule in found.rules())]
     # Last, because its presence says that the choice is made.
-    write_bytes(output / SPEC_FILE, tomli_w.dumps({"spec": {"rules": rules}}).encode())
+    write_rules(output, recipe, found)
     rows = [
         tables.LayerRow(w.name, w.shape, w.kind, str(w.choice.spec), w.choice.bytes) for w in found.weights
     ]
@@ -98,6 +100,28 @@ def choose_spec(
         markup=False,
     )
     return run_spec(output, recipe)
+
+
+def aim(recipe: Recipe, target: int) -> int:
+    """The bytes that a file should have before training, so that it has at most `target` after it.
+
+    Training moves weights and scales, and with them the frequencies of codes.
+    """
+    return math.floor(target * _UNTRAINED_SHARE) if recipe.training.steps else target
+
+
+def write_rules(output: Path, recipe: Recipe, found: Allocation) -> None:
+    """Keeps a choice in the run's `spec.toml`, after the recipe's own rules."""
+    write_bytes(output / SPEC_FILE, tomli_w.dumps(_chosen(recipe, found)).encode())
+
+
+def chosen_spec(recipe: Recipe, found: Allocation) -> CompressionSpec:
+    """The spec of a choice, as a run whose `spec.toml` has it reads it."""
+    return build_recipe(_chosen(recipe, found)).spec.build()
+
+
+def _chosen(recipe: Recipe, found: Allocation) -> dict[str, Any]:
+    return {"spec": {"rules": [*recipe.spec.rules, *(rule.to_dict() for rule in found.rules())]}}
 
 
 def candidates(recipe: Recipe) -> Callable[[str], Sequence[LayerSpec]]:

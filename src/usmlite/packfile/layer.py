@@ -50,6 +50,11 @@ class PackedLayer:
         rest = {name: part for name, part in parts.items() if name not in ("codes", *self._beside())}
         return {"coded": (torch.uint8, (self.coded,)), **rest}
 
+    @property
+    def bytes(self) -> int:
+        """What the parts take in the file."""
+        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.parts().values())
+
     def _beside(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the parts that lie with entropy-coded codes."""
         if self.spec.quant is None or self.spec.quant.scale_bits != 8:
