@@ -228,7 +228,8 @@ def test_a_learned_allocation_keeps_the_size_and_what_was_measured(model, speech
     state = json.loads((tmp_path / "run" / "allocation-mixture.json").read_text())
     assert state["step"] == 3
     learned = json.loads((tmp_path / "run" / "allocation.json").read_text())
-    assert learned["counted"] and not measured["counted"]
+    assert learned["counted"]
+    assert not measured["counted"]
     for one, other in zip(measured["weights"], learned["weights"], strict=True):
         for before, after in zip(one["candidates"], other["candidates"], strict=True):
             assert before | {"bytes": 0} == after | {"bytes": 0}

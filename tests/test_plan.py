@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from small_ctc import CONFIGS, save_model, small_model
+import small_ctc
+import small_sequence
+import small_transducer
+from small_ctc import CONFIGS, save_model
 from small_whisper import small_teacher
 from usmlite import plan
 from usmlite.cli import main
@@ -57,9 +60,14 @@ def test_the_recipe_of_two_billion_is_planned_without_a_weight():
     assert plan.seconds_per_step[1] > plan.seconds_per_step[0] > 0
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_class_is_planned(name, tmp_path):
-    config = small_model(name).config
+FAMILIES = (small_ctc, small_sequence, small_transducer)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [(family, name) for family in FAMILIES for name in family.CONFIGS]
+)
+def test_every_class_is_planned(family, name, tmp_path):
+    config = family.small_model(name).config
     (tmp_path / "config.json").write_text(config.to_json_string())
     plan = make_plan(tmp_path / "config.json", build_recipe({}), CARD)
     assert {m.engine for m in plan.memory} == {"single", "ddp", "fsdp2"}
@@ -110,6 +118,35 @@ def test_stacks_of_any_depth_are_extrapolated_to_what_the_whole_gives(tmp_path, 
     assert extrapolated.operations == pytest.approx(whole.operations, rel=1e-6)
     assert extrapolated.memory[0].activations == pytest.approx(whole.memory[0].activations, rel=0.02)
     assert extrapolated.memory[0].peak == pytest.approx(whole.memory[0].peak, rel=0.02)
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), [(6, 3), (3, 5)])
+def test_a_decoder_of_its_own_depth(tmp_path, monkeypatch, encoder, decoder):
+    layers = {"encoder_num_hidden_layers": encoder, "decoder_num_hidden_layers": decoder}
+    config = small_sequence.small_model("MoonshineForConditionalGeneration", **layers).config
+    (tmp_path / "config.json").write_text(config.to_json_string())
+    assert read_outline(tmp_path).depths == [encoder, decoder]
+    extrapolated = make_plan(tmp_path, build_recipe({}), CARD, engines=("single",))
+    monkeypatch.setattr(plan, "_SHALLOW", 100)
+    whole = make_plan(tmp_path, build_recipe({}), CARD, engines=("single",))
+    assert extrapolated.operations == pytest.approx(whole.operations, rel=1e-6)
+    assert extrapolated.memory[0].peak == pytest.approx(whole.memory[0].peak, rel=0.02)
+
+
+@pytest.mark.parametrize("name", small_transducer.CONFIGS)
+def test_every_place_of_a_transducer_is_counted(name, tmp_path):
+    sizes = []
+    for vocabulary in (200, 400):
+        config = small_transducer.small_model(name, vocab_size=vocabulary).config
+        (tmp_path / "config.json").write_text(config.to_json_string())
+        plan = make_plan(tmp_path, build_recipe({"training": {"batch_size": 1}}), CARD, engines=("single",))
+        sizes.append(plan.memory[0].activations)
+    outline = read_outline(tmp_path)
+    batch = outline.adapter.outline(1)
+    frames = int(outline.adapter.frames(torch.full((1,), batch["input_features"].shape[1])))
+    places = frames * batch["decoder_input_ids"].shape[1]
+    # The logits of teacher and student at least, in float32.
+    assert sizes[1] - sizes[0] >= 2 * 4 * 200 * places
 
 
 def test_the_command(tmp_path, capsys):

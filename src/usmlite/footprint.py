@@ -171,6 +171,8 @@ def _answered(func: Any, args: Any) -> Any:
         whole, chosen = args[0], args[1][0]
         if whole.device.type == "meta":
             return whole.reshape(-1, *whole.shape[chosen.dim() :]).clone()
+    if packet is _aten.nonzero and args[0].device.type == "meta":
+        return torch.empty(args[0].numel(), args[0].dim(), dtype=torch.int64, device="meta")
     if packet is _aten._ctc_loss:
         logs, labels = args[:2]
         frames, batch = logs.shape[:2]

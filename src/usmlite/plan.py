@@ -45,6 +45,11 @@ EFFICIENCY = 0.35
 _CONTEXT_BYTES = 1 << 30
 # Layers of the cut-down models that are traced, and timed, from which the full one is extrapolated.
 _SHALLOW, _TIMED = 2, (1, 2)
+# What configurations with an encoder and a decoder call the numbers of their layers.
+_STACKS = (
+    ("encoder_layers", "decoder_layers"),
+    ("encoder_num_hidden_layers", "decoder_num_hidden_layers"),
+)
 _WINDOW_SECONDS = 30
 _FLOAT, _MOMENTS = 4, 8  # bytes a parameter; AdamW has two numbers
 
@@ -203,9 +208,9 @@ class Outline:
 def _depths(config: Any) -> list[str]:
     if config is None:
         return []
-    whisper = [name for name in ("encoder_layers", "decoder_layers") if hasattr(config, name)]
-    if whisper:
-        return whisper
+    for names in _STACKS:
+        if all(hasattr(config, name) for name in names):
+            return list(names)
     return ["num_hidden_layers"] if "num_hidden_layers" in config.to_dict() else []
 
 

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from transformers import PretrainedConfig
 from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
-from usmlite.audio import SAMPLE_RATE, WINDOW_SECONDS
+from usmlite.audio import SAMPLE_RATE
 from usmlite.errors import ModelError
 from usmlite.models.adapter import WITHOUT_TIMES, Decoded, Said, TimedText
 from usmlite.models.alignment import align, collapse
@@ -29,7 +29,6 @@ from usmlite.models.true_length import PROCESSOR_REMEDY, padded
 from usmlite.network import IGNORED, Batch, FrameNetwork, labels_needed
 
 # Of 30 s of speech, in letters; about.
-_LABELS_A_WINDOW = 400
 
 
 @dataclass(frozen=True)
@@ -107,24 +106,6 @@ class CTCAdapter(FrameAdapter):
                 found=f"labels up to {highest}, the blank {padding}",
                 remedy=PROCESSOR_REMEDY,
             )
-
-    def outline(self, rows: int) -> dict[str, Tensor]:
-        """See `Adapter.outline`. Labels and lengths are numbers, on the CPU."""
-        sizes = cast(Any, getattr(self.config, "encoder_config", self.config))
-        samples = round(WINDOW_SECONDS * SAMPLE_RATE)
-        length = samples
-        shape: tuple[int, ...] = (rows, samples)
-        if self.main_input != "input_values":
-            bins = getattr(sizes, "num_mel_bins", None) or sizes.feature_projection_input_dim
-            # Frames of 10 ms; wav2vec2-BERT has two of them in each.
-            length = samples // 160 // (1 if hasattr(sizes, "num_mel_bins") else 2)
-            shape = (rows, length, bins)
-        # No two that follow each other are the same, so that they fit the fewest frames.
-        labels = (torch.arange(_LABELS_A_WINDOW) % 2 + 1).repeat(rows, 1)
-        batch = {self.main_input: torch.empty(shape, device="meta"), "labels": labels}
-        if self.main_input != "input_values":
-            batch["attention_mask"] = torch.empty(rows, length, dtype=torch.int64, device="meta")
-        return {**batch, "lengths": torch.full((rows,), length)}
 
     @classmethod
     def prepare(cls, model: nn.Module) -> None:

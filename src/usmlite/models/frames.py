@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from usmlite.audio import SAMPLE_RATE
+from usmlite.audio import SAMPLE_RATE, WINDOW_SECONDS
 from usmlite.models.adapter import Decoded, TimedText, Word
 from usmlite.models.alignment import (
     Emitted,
@@ -30,9 +30,11 @@ class FrameAdapter(TrueLengthAdapter):
 
     Attributes:
         blank: the label of frames that say nothing.
+        labels_a_window: about how many labels 30 seconds of speech have.
     """
 
     blank: int
+    labels_a_window = 400
 
     def frames(self, lengths: Tensor) -> Tensor:
         """Lengths of the main input, int64 `[batch]`, to frames of the output; 0 where there is none."""
@@ -41,6 +43,23 @@ class FrameAdapter(TrueLengthAdapter):
         # It needs nothing of the model but its configuration.
         found: Tensor = count(SimpleNamespace(config=self.config), lengths)
         return found.to(torch.int64).clamp(min=0)
+
+    def outline(self, rows: int) -> dict[str, Tensor]:
+        """See `Adapter.outline`. Labels and lengths are numbers, on the CPU."""
+        sizes: Any = getattr(self.config, "encoder_config", self.config)
+        length = round(WINDOW_SECONDS * SAMPLE_RATE)
+        shape: tuple[int, ...] = (rows, length)
+        if self.main_input != "input_values":
+            bins = getattr(sizes, "num_mel_bins", None) or sizes.feature_projection_input_dim
+            # Frames of 10 ms; wav2vec2-BERT has two of them in each.
+            length = length // 160 // (1 if hasattr(sizes, "num_mel_bins") else 2)
+            shape = (rows, length, bins)
+        # No two that follow each other are the same, so that they fit the fewest frames.
+        labels = (torch.arange(self.labels_a_window) % 2 + 1).repeat(rows, 1)
+        batch = {self.main_input: torch.empty(shape, device="meta"), "labels": labels}
+        if self.main_input != "input_values":
+            batch["attention_mask"] = torch.empty(rows, length, dtype=torch.int64, device="meta")
+        return {**batch, "lengths": torch.full((rows,), length)}
 
     @cached_property
     def _rate(self) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 
-from usmlite.audio import SAMPLE_RATE, WINDOW_SAMPLES
+from usmlite.audio import SAMPLE_RATE, WINDOW_SAMPLES, WINDOW_SECONDS
 from usmlite.errors import ModelError
 from usmlite.models.adapter import WITHOUT_TIMES, Attention, Decoded, Said, TimedText, read_processor
 from usmlite.models.options import Options
@@ -33,6 +33,7 @@ _TOKENS_A_SECOND, _LEAST_TOKENS = 15, 16
 # The last part of a full window, in seconds, in which a quiet place is looked for, and how long that is.
 _LOOK_BACK, _QUIET = 10.0, 0.3
 _STEP = SAMPLE_RATE // 100
+_TOKENS_A_WINDOW = 100  # of 30 s of speech; about
 
 
 @dataclass(frozen=True)
@@ -267,6 +268,23 @@ class SequenceAdapter(TrueLengthAdapter):
         with np.errstate(invalid="ignore", divide="ignore"):
             found = super()._extract(audio, pad_to_multiple_of=self.layout.multiple, **settings)
         return {name: value.nan_to_num() for name, value in found.items()}
+
+    def outline(self, rows: int) -> dict[str, Tensor]:
+        """See `Adapter.outline`."""
+        length = round(WINDOW_SECONDS * SAMPLE_RATE)
+        shape: tuple[int, ...] = (rows, length)
+        if self.main_input != "input_values":
+            length //= SAMPLE_RATE // 100
+            shape = (rows, length, cast(Any, self.config).input_feat_per_channel)
+        tokens = min(_TOKENS_A_WINDOW, self._positions)
+        written = torch.empty(rows, tokens, dtype=torch.int64, device="meta")
+        return {
+            self.main_input: torch.empty(shape, device="meta"),
+            "attention_mask": torch.empty(rows, length, dtype=torch.int64, device="meta"),
+            "lengths": torch.full((rows,), length),
+            "decoder_input_ids": written,
+            "labels": torch.zeros(rows, tokens, dtype=torch.int64),
+        }
 
     # Text
 

@@ -54,6 +54,7 @@ class TransducerAdapter(FrameAdapter):
     """The family-specific half of a transducer. `layout` says of which class; arguments as for its base."""
 
     family = "transducer"
+    labels_a_window = 100  # pieces of words
     layout: ClassVar[TransducerLayout]
     kinds = frozenset({"linear", "conv1d", "embedding"})
 
@@ -94,6 +95,12 @@ class TransducerAdapter(FrameAdapter):
         rows = [self.encode_text(self.written(" ".join(t.text for t in window))) for window in windows]
         before = padded([[self.blank, *row] for row in rows], self.blank)
         return {"decoder_input_ids": before, "labels": padded(rows, IGNORED)}
+
+    def outline(self, rows: int) -> dict[str, Tensor]:
+        """See `Adapter.outline`."""
+        batch = {name: value.to("meta") for name, value in super().outline(rows).items()}
+        before = torch.empty(rows, self.labels_a_window + 1, dtype=torch.int64, device="meta")
+        return {**batch, "decoder_input_ids": before}
 
     # Decoding
 
