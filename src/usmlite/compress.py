@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from accelerate import PartialState
 from rich.console import Console
 
 from usmlite import finetune as training
@@ -36,6 +35,7 @@ from usmlite.models import Adapter, Teacher, load_teacher
 from usmlite.pack import pack
 from usmlite.packed import arithmetic
 from usmlite.packfile import WEIGHTS_NAME
+from usmlite.processes import this_process
 from usmlite.progress import stage_bar, training_bar
 from usmlite.recipe import Recipe, load_recipe, recipe_to_dict, recipe_to_toml
 from usmlite.report import read_report
@@ -84,7 +84,7 @@ def compress(
             where="ctc",
             remedy="Give it to `usmlite ctc`, and the model that comes out to `usmlite compress`.",
         )
-    processes = PartialState()  # more than one under `accelerate launch`; the first one talks and writes
+    processes = this_process()  # more than one under `accelerate launch`; the first one talks and writes
     if console is None or not processes.is_main_process:
         console = Console(quiet=True)
     started = time.perf_counter()

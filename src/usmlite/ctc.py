@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from transformers import WhisperFeatureExtractor
 
@@ -29,6 +28,7 @@ from usmlite.models import Teacher, WhisperAdapter, load_teacher
 from usmlite.models.vocabulary import characters, labels_of, pieces, plain
 from usmlite.models.whisper_ctc import WhisperForCTC
 from usmlite.models.whisper_ctc_adapter import WhisperCTCAdapter
+from usmlite.processes import this_process
 from usmlite.progress import training_bar
 from usmlite.recipe import Recipe
 from usmlite.recipe.sections import CTCRecipe
@@ -56,7 +56,7 @@ def train_ctc(recipe: Recipe, output: Path, *, console: Console | None = None) -
         UsmliteError: see `errors`; finished stages are kept.
         KeyboardInterrupt: Ctrl-C; the step at hand was finished and saved.
     """
-    processes = PartialState()
+    processes = this_process()
     if console is None or not processes.is_main_process:
         console = Console(quiet=True)
     settings = _check(recipe)

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from accelerate import PartialState
 from rich.console import Console
 from torch import nn
 
@@ -24,6 +23,7 @@ from usmlite.errors import SpecError
 from usmlite.load import ALLOCATION_FILE, CALIBRATION_FILE, run_spec
 from usmlite.models import Teacher
 from usmlite.pack import pack
+from usmlite.processes import this_process
 from usmlite.recipe import Recipe
 from usmlite.spec import CompressionSpec, LayerSpec
 from usmlite.speech import Speech
@@ -46,7 +46,7 @@ def start_full(
     Raises:
         SpecError: the target size cannot be reached.
     """
-    target, processes = recipe.spec.target_bytes(teacher.float32_bytes), PartialState()
+    target, processes = recipe.spec.target_bytes(teacher.float32_bytes), this_process()
     resumed = CheckpointFolder(output / "checkpoints").newest() is not None
     if target is None or resumed:
         start = start_student(recipe, spec, teacher, speech, output, console)

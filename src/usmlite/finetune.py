@@ -37,6 +37,7 @@ from usmlite.errors import OutputError, TrainingError
 from usmlite.memory import PeakMemory
 from usmlite.models import Adapter, TimedText
 from usmlite.movement import attach
+from usmlite.processes import check_alike, telling_of_lost_ones, told_of
 from usmlite.recipe import Recipe
 from usmlite.recipe.sections import TrainingRecipe
 from usmlite.schedule import moving_steps, rate
@@ -312,14 +313,17 @@ def finetune(
     folder, log = CheckpointFolder(output / "checkpoints"), output / "train.jsonl"
     state: dict[str, Any] = {
         "step": 0,
+        "windows": 0,
         "seconds": 0.0,
         "best_wer": None,
         "best_step": 0,
         "dev_wer": None,
         "seed": training.seed,
     }
-    state.update(folder.restore(student, optimizer) or {})
+    restored = folder.restore(student, optimizer) or {}
+    state.update(restored)
     first = int(state["step"])
+    check_alike(accelerator.num_processes, told_of(recipe, utterances, first))
     movement.at(first)
     _cut_log(log, first)
 
@@ -336,10 +340,13 @@ def finetune(
     distillation = accelerator.prepare(objective)
     dataset = TrainingWindows(utterances, recipe)
     per_step = training.batch_size * training.accumulate * accelerator.num_processes
+    # Not counted from steps alone: the run may go on with another number of processes.
+    heard = int(restored.get("windows", first * per_step))
+    own = training.batch_size * training.accumulate
     mine = [
-        step * per_step + accelerator.process_index * training.batch_size * training.accumulate + i
-        for step in range(first, training.steps)
-        for i in range(training.batch_size * training.accumulate)
+        heard + step * per_step + accelerator.process_index * own + i
+        for step in range(training.steps - first)
+        for i in range(own)
     ]
     loader = DataLoader(
         dataset,
@@ -373,7 +380,8 @@ def finetune(
         students.round_kept(student)
         evaluate_now(0)
     recent: list[float] = []
-    with _finish_step_on_signal() as stop_asked:
+    lost = telling_of_lost_ones(accelerator.num_processes, folder.newest)
+    with lost, _finish_step_on_signal() as stop_asked:
         for step in range(first, training.steps):
             started = time.perf_counter()
             torch.manual_seed(hash((training.seed, step)) % 2**63)  # what the student draws
@@ -412,6 +420,7 @@ def finetune(
                 students.round_kept(student)
             seconds = time.perf_counter() - started
             state["step"], state["seconds"] = done, state["seconds"] + seconds
+            state["windows"] = heard + (done - first) * per_step
             recent = [*recent[-19:], seconds]
             if last or done % training.eval_every == 0:
                 evaluate_now(done)
@@ -436,7 +445,7 @@ def finetune(
         int(state["best_step"]),
         state["best_wer"],
         float(state["seconds"]),
-        training.steps * per_step,
+        int(state["windows"]),
         torch.cuda.max_memory_allocated(device) if device.type == "cuda" else max(peaks),
     )
 

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from rich.console import Console
 
 from usmlite import tables
@@ -21,6 +20,7 @@ from usmlite.errors import DataError, OutputError, ReportError, UsmliteError
 from usmlite.evaluate import Evaluation
 from usmlite.grid import Run
 from usmlite.load import DENSE_FILE, RECIPE_FILE, REPORT_FILE, run_spec
+from usmlite.processes import this_process
 from usmlite.recipe import Recipe, load_recipe, recipe_to_dict, without_places
 from usmlite.report import pareto_front, read_report, write_figures
 from usmlite.tables import ComparisonRow, ResultRow
@@ -96,7 +96,7 @@ def sweep(runs: Sequence[Run], output: Path, *, console: Console | None = None) 
         DataError: a damaged file of an earlier run.
         KeyboardInterrupt: Ctrl-C; the same call goes on from there.
     """
-    processes = PartialState()  # see `compress`
+    processes = this_process()  # see `compress`
     if console is None or not processes.is_main_process:
         console = Console(quiet=True)
     _prepare(runs, output)

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import tomli_w
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from usmlite.errors import RecipeError
 from usmlite.load import ALLOCATION_FILE, SPEC_FILE, run_spec
 from usmlite.mixture import learn_allocation
 from usmlite.models import Teacher
+from usmlite.processes import this_process
 from usmlite.progress import stage_bar
 from usmlite.recipe import Recipe, build_recipe
 from usmlite.spec import KEEP, CompressionSpec, LayerSpec, Rule, matrix_shape
@@ -179,7 +179,7 @@ def _learned(
     """The allocation that mixing the candidates of all weights leads to, on the windows of training."""
     targets, _ = training_targets(recipe, teacher, speech, transcripts, console)
     windows, count = training.TrainingWindows(targets, recipe), recipe.training.batch_size
-    device, steps = PartialState().device, recipe.spec.allocation_steps
+    device, steps = this_process().device, recipe.spec.allocation_steps
     precision = training.autocast_precision(recipe.training.precision, device)
 
     def batch(step: int) -> dict[str, Tensor]:
