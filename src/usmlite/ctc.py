@@ -6,6 +6,7 @@ That is what the USM-Lite paper starts from (arXiv 2312.08553, section 4). The t
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from rich.console import Console
+from torch import Tensor
 from transformers import WhisperFeatureExtractor
 
 from usmlite import finetune as training
@@ -23,13 +25,14 @@ from usmlite.checkpoint import load_student
 from usmlite.compress import claim, make_report, measure
 from usmlite.data import Utterance
 from usmlite.errors import ModelError, OutputError, RecipeError
+from usmlite.first_head import teach_head
 from usmlite.load import RECIPE_FILE, REPORT_FILE, dense_recognizer
-from usmlite.models import Teacher, WhisperAdapter, load_teacher
+from usmlite.models import Teacher, TimedText, WhisperAdapter, load_teacher
 from usmlite.models.vocabulary import characters, labels_of, pieces, plain
 from usmlite.models.whisper_ctc import WhisperForCTC
 from usmlite.models.whisper_ctc_adapter import WhisperCTCAdapter
 from usmlite.processes import this_process
-from usmlite.progress import training_bar
+from usmlite.progress import stage_bar, training_bar
 from usmlite.recipe import Recipe
 from usmlite.recipe.sections import CTCRecipe
 from usmlite.speech import Speech
@@ -38,6 +41,8 @@ from usmlite.validation import dev_wer
 
 TRAINING_FOLDER, START_FOLDER = "training", "start"
 _FRAME = 0.02  # seconds of an encoder frame
+# How much speech a new head learns from alone: more would teach a linear layer little.
+_HEARD_SECONDS = 2 * 3600.0
 
 
 def train_ctc(recipe: Recipe, output: Path, *, console: Console | None = None) -> dict[str, Any]:
@@ -80,7 +85,10 @@ def train_ctc(recipe: Recipe, output: Path, *, console: Console | None = None) -
             console.print(f"{left_out} utterances left out: the teacher got them wrong.")
         start = run / START_FOLDER
         if not (start / "config.json").is_file():
-            make_start(source, targets, settings, recipe.training.seed, start)
+            untrained = new_model(source, targets, settings, recipe.training.seed)
+            if settings.head_steps:
+                _teach_head(untrained, targets, recipe, settings.head_steps, console)
+            save_dense(untrained, start)
     dense = load_teacher(start)
     targets = learnable(as_written(targets, dense.adapter), dense.adapter, console)
     console.print(_plan(recipe, dense, targets), markup=False)
@@ -133,17 +141,14 @@ def _check_output(output: Path) -> None:
         )  # fmt: skip
 
 
-def make_start(
-    source: Teacher, utterances: Sequence[Utterance], settings: CTCRecipe, seed: int, output: Path
-) -> None:
-    """Writes the untrained model: the encoder, a new head, and a tokenizer made of the texts.
+def new_model(source: Teacher, utterances: Sequence[Utterance], settings: CTCRecipe, seed: int) -> Teacher:
+    """The untrained model: the encoder, a new head, and a tokenizer made of the texts.
 
     Args:
         source: a Whisper model.
         utterances: with texts.
         settings: of the model.
         seed: of the new weights.
-        output: the directory; gets `config.json` last.
 
     Raises:
         DataError: no vocabulary can be made of the texts.
@@ -171,7 +176,42 @@ def make_start(
         feature_size=model.config.num_mel_bins, padding=True, return_attention_mask=True
     )
     adapter = WhisperCTCAdapter(model.config, extractor, made)
-    save_dense(Teacher(model, adapter, "", 0), output)
+    return Teacher(model, adapter, "", 0)
+
+
+def _teach_head(
+    untrained: Teacher, targets: Sequence[Utterance], recipe: Recipe, steps: int, console: Console
+) -> None:
+    adapter = cast(WhisperCTCAdapter, untrained.adapter)
+    targets = learnable(as_written(targets, adapter), adapter, Console(quiet=True))
+    device = this_process().device
+    bf16 = training.autocast_precision(recipe.training.precision, device) == "bf16"
+    with stage_bar(console, "The new head", steps) as progress:
+        teach_head(
+            untrained.model.to(device), adapter, _Heard(targets, recipe),
+            head=adapter.network.heads[0], steps=steps, seed=recipe.training.seed,
+            autocast=torch.bfloat16 if bf16 else None, progress=progress,
+        )  # fmt: skip
+    untrained.model.cpu()
+
+
+class _Heard:
+    """The first windows of training, as `teach_head` hears them."""
+
+    def __init__(self, targets: Sequence[Utterance], recipe: Recipe) -> None:
+        self._windows = training.TrainingWindows(targets, recipe)
+        seconds = [
+            sum(each.duration for each in self._windows.window(i).utterances) for i in range(len(targets))
+        ]
+        enough = itertools.takewhile(lambda heard: heard < _HEARD_SECONDS, itertools.accumulate(seconds))
+        self._count = min(len(targets), 1 + sum(1 for _ in enough))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, list[TimedText]]:
+        samples, texts, _ = self._windows[index]
+        return samples, texts
 
 
 def save_dense(model: Teacher, output: Path) -> None:

@@ -211,11 +211,21 @@ class FrameNetwork(Network):
         scored = self.scored(batch)
         whole = logits.new_zeros((*scored.shape, logits.shape[-1]), dtype=torch.float32)
         whole[scored] = logits.float()
-        losses = [_ctc(whole, batch["labels"], frames, self.blank)]
+        losses = [self.loss_of_frames(whole, batch["labels"], frames)]
         for each in between:
             there = (frames * self._together).clamp(max=each.shape[1])
-            losses.append(_ctc(each.float(), batch["labels"], there, self.blank))
+            losses.append(self.loss_of_frames(each.float(), batch["labels"], there))
         return torch.stack(losses).mean()
+
+    def loss_of_frames(self, logits: Tensor, labels: Tensor, frames: Tensor) -> Tensor:
+        """The CTC loss, nats per label.
+
+        Args:
+            logits: float32 `[batch, frames, vocabulary]`.
+            labels: int64 `[batch, labels]`, `IGNORED` after the last of a row.
+            frames: of each row, int64 `[batch]`.
+        """
+        return _ctc(logits, labels, frames, self.blank)
 
 
 class TransducerNetwork(FrameNetwork):

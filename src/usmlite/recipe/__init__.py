@@ -55,13 +55,12 @@ DENSE_CTC: dict[str, dict[str, Any]] = {
     "spec": {"bits": FLOAT, "sparsity": "dense"},
     "student": {"start": "magnitude"},
     "training": {
-        "steps": 2000, "batch_size": 16, "learning_rate": 3e-4, "head_learning_rate": 2e-3,
+        "steps": 2000, "batch_size": 16, "learning_rate": 3e-4, "head_learning_rate": 1e-3,
         "kl": 0.0, "ce": 1.0, "states": 0.0, "spec_augment": True, "network_dropout": True, "average": 0.99,
-        "phases": [{"until": 0.05, "learning_rate": 0.0}],
     },
     "ctc": {},
 }  # fmt: skip
-"""What `usmlite ctc` does where nobody says otherwise: the new head learns first, then all of it."""
+"""What `usmlite ctc` does where nobody says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -248,6 +247,7 @@ _LOWEST = {
     "training.embedding_learning_rate": 0.0,
     "training.head_learning_rate": 0.0,
     "ctc.vocabulary_size": 2,
+    "ctc.head_steps": 0,
     "ctc.chunk": 0.0,
     "ctc.left_chunks": 0,
     "ctc.time_reduction": 1,

@@ -350,7 +350,12 @@ class CTCRecipe:
         None,
         "layers after which the model is told what it would say so far (self-conditioned CTC), such as 2",
     )
-    dropout: float = _key(0.1, "dropout of the model, while it trains")
+    dropout: float = _key(
+        0.0, "dropout while the model trains; Whisper's encoder was trained without, and 0.03 breaks it"
+    )
+    head_steps: int = _key(
+        400, "steps in which the new head learns alone, on what the untrained encoder says; 0 for none"
+    )
 
     def layers(self) -> tuple[int, ...]:
         """`intermediate` as numbers.
