@@ -55,7 +55,7 @@ DENSE_CTC: dict[str, dict[str, Any]] = {
     "spec": {"bits": FLOAT, "sparsity": "dense"},
     "student": {"start": "magnitude"},
     "training": {
-        "steps": 2000, "batch_size": 16, "learning_rate": 3e-4, "head_learning_rate": 1e-3,
+        "steps": 2000, "batch_size": 16, "learning_rate": 2e-4, "head_learning_rate": 5e-4,
         "kl": 0.0, "ce": 1.0, "states": 0.0, "spec_augment": True, "network_dropout": True, "average": 0.99,
     },
     "ctc": {},
