@@ -138,7 +138,7 @@ def test_coded_bytes_are_close_to_those_that_coding_takes() -> None:
         contexts = entropy.best_contexts(kept.numpy(), spec.quant.bits)
         coded = len(entropy.encode(kept.numpy(), spec.quant.bits, contexts))
         expected = spec.bytes(512, 256) - spec.sizes(512, 256)["codes"] + coded
-        assert _coded_bytes(kept, spec, 512, 256) == pytest.approx(1.01 * expected, rel=0.01)
+        assert _coded_bytes(kept, spec, 512, 256) == pytest.approx(expected, rel=0.01)
 
 
 def test_the_bytes_of_a_rate_are_those_of_its_file() -> None:
@@ -162,7 +162,7 @@ def test_the_bytes_of_a_rate_are_those_of_its_file() -> None:
             "column_scale": kernels.scale_codes(columns),
         }
         stored, _ = PackedLayer((384, 384), dataclasses.replace(spec, rate=None)).encoded(parts, codes)
-        assert found.bytes == pytest.approx(stored.coded, rel=0.02)
+        assert found.bytes == pytest.approx(stored.coded, rel=0.03)
         values = solution.values * columns
         error = relative_error(problem.matrix, values, problem.cost, problem.rows)
         assert found.error == pytest.approx(error, rel=0.1)
