@@ -263,6 +263,12 @@ def test_results_are_those_of_the_table() -> None:
     assert README.split("<!-- results -->")[1].split("<!-- /results -->")[0].strip() == table
 
 
+def test_the_results_of_ctc_models_are_those_measured() -> None:
+    table = runpy.run_path(str(ROOT / "benchmarks/ctc.py"))["table"]()
+    page = PAGES["docs/ctc.md"]
+    assert page.split("<!-- results -->")[1].split("<!-- /results -->")[0].strip() == table
+
+
 def test_the_figures_of_the_native_kernels_are_those_measured() -> None:
     page = runpy.run_path(str(ROOT / "benchmarks/native.py"))["page"]
     measured = json.loads((ROOT / "results/native.json").read_text(encoding="utf-8"))
